@@ -1,0 +1,48 @@
+"""From a model in memory to GGUF files: merge the adapter, then convert the merged folder once for each type."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+from transformers.modeling_utils import PreTrainedModel
+
+from whet.export.gguf import write_gguf
+from whet.export.merge import save_merged
+from whet.files import refused_when_full
+
+
+def save_gguf(
+    model: PreTrainedModel | PeftModel,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    quantizations: Sequence[str],
+    *,
+    base: str = "dequantized",
+) -> list[Path]:
+    """Write `folder/model-TYPE.gguf` for each type, and return the paths.
+
+    The merge is rounded to 16 bits first, as `merged_16bit` is, so that both hold the same weights; only "f32" keeps fp32.
+    """
+    paths = [folder / f"model-{name}.gguf" for name in quantizations]
+    with (
+        refused_when_full(folder),
+        tempfile.TemporaryDirectory(prefix="whet-", dir=_existing_parent(folder)) as scratch,
+    ):
+        merged: dict[torch.dtype | None, Path] = {}
+        for name, path in zip(quantizations, paths, strict=True):
+            dtype = torch.float32 if name == "f32" else None
+            if dtype not in merged:
+                merged[dtype] = Path(scratch) / str(dtype)
+                save_merged(model, merged[dtype], tokenizer, method="merged_16bit", base=base, dtype=dtype)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_gguf(merged[dtype], path, name)
+    return paths
+
+
+def _existing_parent(folder: Path) -> Path:
+    return next(parent for parent in folder.absolute().parents if parent.is_dir())

@@ -1,0 +1,123 @@
+"""Attention over packed documents, as an attention function that transformers' models can be pointed at.
+
+A packed row holds several documents one after another. Each attends to itself alone, so no [T, T] mask is built and no
+work is spent between documents: their boundaries come from `cu_seq_lens_q` (the collator's, for one row) or from
+restarts in `position_ids`. Rows that carry an explicit mask (padding, or a key-value cache) take the masked path.
+
+    o_i = softmax(s * q_i K_d^T) V_d    over the documents d that hold i, keys j <= i, and i - j < window where there is one
+    with a soft cap c the scores are c * tanh(s / c)   (Gemma 2)
+
+Shapes: query [B, H, T, d]; key, value [B, G, S, d] with H a multiple of G; output [B, T, H, d].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+NAME = "whet_varlen"
+
+
+def register() -> str:
+    """Offer the function to transformers under NAME, through its own registry, and return the name."""
+    AttentionInterface.register(NAME, varlen_attention)
+    AttentionMaskInterface.register(NAME, varlen_mask)
+    return NAME
+
+
+def varlen_mask(*args: Any, q_length: int, kv_length: int, attention_mask: Tensor | None = None, **kwargs: Any):
+    """No mask where the function finds the documents by itself; transformers' boolean mask where tokens are padded or cached."""
+    if attention_mask is None and q_length == kv_length:
+        return None
+    kwargs["allow_is_causal_skip"] = False
+    return sdpa_mask(*args, q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **kwargs)
+
+
+def varlen_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    position_ids: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention, document by document. Takes the arguments that transformers' attention functions take."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value)) if groups > 1 else (key, value)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if attention_mask is not None:
+        out = _attend(query, key, value, attention_mask, False, dropout, scale, softcap)
+        return out.transpose(1, 2).contiguous(), None
+
+    rows = []
+    for row, bounds in enumerate(_documents(query, position_ids, cu_seq_lens_q)):
+        q, k, v = query[row : row + 1], key[row : row + 1], value[row : row + 1]
+        documents = [
+            _attend(
+                q[:, :, a:b],
+                k[:, :, a:b],
+                v[:, :, a:b],
+                _window(b - a, sliding_window, q),
+                True,
+                dropout,
+                scale,
+                softcap,
+            )
+            for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+        ]
+        rows.append(torch.cat(documents, dim=2) if len(documents) > 1 else documents[0])
+    out = torch.cat(rows) if len(rows) > 1 else rows[0]
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _documents(query: Tensor, position_ids: Tensor | None, cu_seq_lens: Tensor | None) -> list[list[int]]:
+    """For each row, the offsets at which its documents start, and its length at the end."""
+    batch, length = query.shape[0], query.shape[2]
+    if cu_seq_lens is not None and batch == 1:
+        return [cu_seq_lens.tolist()]
+    if position_ids is None or position_ids.shape[-1] != length:
+        return [[0, length]] * batch
+    restart = position_ids.diff(dim=-1) != 1
+    rows = [[0, *(restart[i].nonzero().flatten() + 1).tolist(), length] for i in range(restart.shape[0])]
+    return rows * batch if len(rows) == 1 else rows
+
+
+def _window(length: int, window: int | None, like: Tensor) -> Tensor | None:
+    """The boolean mask of a sliding window, or None where the document is no longer than the window."""
+    if window is None or length <= window:
+        return None
+    i = torch.arange(length, device=like.device)
+    distance = i[:, None] - i[None, :]
+    return (distance >= 0) & (distance < window)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    dropout: float,
+    scale: float,
+    softcap: float | None,
+):
+    if softcap is None:
+        causal = causal and mask is None
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale)
+    scores = softcap * torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap))
+    if mask is None:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    return nn.functional.dropout(weights, dropout) @ v
