@@ -61,6 +61,12 @@ def save_merged(
             _quantize_folder(staged)
         if tokenizer is not None:
             tokenizer.save_pretrained(staged)
+        written = {path.name for path in staged.iterdir()}
+    if method != "lora":
+        # an older export's single file is read before new shards, and its shards would only take up space
+        for weights in folder.glob("model*.safetensors*"):
+            if weights.name not in written:
+                weights.unlink()
 
 
 def merged_state_dict(model: PreTrainedModel | PeftModel, base: str, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ A packed row holds several documents one after another. Each attends to itself a
 work is spent between documents: their boundaries come from `cu_seq_lens_q` (the collator's, for one row) or from
 restarts in `position_ids`. Rows that carry an explicit mask (padding, or a key-value cache) take the masked path.
 
-    o_i = softmax(s * q_i K_d^T) V_d    over the documents d that hold i, keys j <= i, and i - j < window where there is one
+    o_i = softmax(s * q_i K_d^T) V_d    d the document of i; keys j <= i, and i - j < window where there is one
     with a soft cap c the scores are c * tanh(s / c)   (Gemma 2)
 
 Shapes: query [B, H, T, d]; key, value [B, G, S, d] with H a multiple of G; output [B, T, H, d].
@@ -12,6 +12,7 @@ Shapes: query [B, H, T, d]; key, value [B, G, S, d] with H a multiple of G; outp
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def register() -> str:
 
 
 def varlen_mask(*args: Any, q_length: int, kv_length: int, attention_mask: Tensor | None = None, **kwargs: Any):
-    """No mask where the function finds the documents by itself; transformers' boolean mask where tokens are padded or cached."""
+    """None where the function finds the documents itself; a boolean mask where tokens are padded or cached."""
     if attention_mask is None and q_length == kv_length:
         return None
     kwargs["allow_is_causal_skip"] = False
@@ -74,7 +75,7 @@ def varlen_attention(
                 scale,
                 softcap,
             )
-            for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+            for a, b in pairwise(bounds)
         ]
         rows.append(torch.cat(documents, dim=2) if len(documents) > 1 else documents[0])
     out = torch.cat(rows) if len(rows) > 1 else rows[0]

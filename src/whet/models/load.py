@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.modeling_utils import PreTrainedModel
 
@@ -23,6 +24,7 @@ log = logging.getLogger("whet")
 
 BUILTIN = Path(__file__).parent.parent / "builtin"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NEW_HEADS = ("score.", "classifier.")  # of a classifier made from a language model: random until trained
 PRECISIONS = ("nf4", "int8", "16bit", "32bit")
 
 
@@ -106,11 +108,13 @@ def load(
     auto_model: Any = AutoModelForCausalLM,
     revision: str | None = None,
     token: str | None = None,
+    num_labels: int | None = None,
     **model_kwargs: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load `name` (folder, hub name or builtin:tiny) with its base in `precision`, computing in `dtype`.
 
     precision: "nf4" (double-quantized, 64 weights a block), "int8", "16bit" (or what `dtype` says), "32bit".
+    num_labels: outputs of the head, where `auto_model` is a classifier.
     Raises WhetError when the folder, its weights or its vocabulary are at fault.
     """
     if precision not in PRECISIONS:
@@ -118,10 +122,11 @@ def load(
     folder = resolve(name)
     dtype = torch.float32 if precision == "32bit" else pick_dtype(dtype)
     origin = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
+    tokenizer = load_tokenizer(name, **origin)
     config = _from_hub(name, AutoConfig.from_pretrained, folder, **origin)
-    tokenizer = _from_hub(name, AutoTokenizer.from_pretrained, folder, **origin)
-    _check_vocabulary(name, config, tokenizer)
-    model = _from_hub(
+    if num_labels is not None:
+        config.num_labels = num_labels
+    model, loaded = _from_hub(
         name,
         auto_model.from_pretrained,
         folder,
@@ -131,15 +136,27 @@ def load(
         device_map=device_map if device_map is not None else {"": 0 if torch.cuda.is_available() else "cpu"},
         use_safetensors=True,
         attn_implementation=attn_implementation,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # refused below, by name
         **origin,
         **model_kwargs,
     )
+    _check_weights(name, loaded)
     _keep_nf4_layout(model)
     if attn_implementation is None and getattr(model, "_supports_attention_backend", False):
         model.set_attn_implementation(attention.register())
+    return model, tokenizer
+
+
+def load_tokenizer(name: str, **origin: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of `name`, checked against the model's vocabulary; pads with its end token if it has no other."""
+    folder = resolve(name)
+    config = _from_hub(name, AutoConfig.from_pretrained, folder, **origin)
+    tokenizer = _from_hub(name, AutoTokenizer.from_pretrained, folder, **origin)
+    _check_vocabulary(name, config, tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer
+    return tokenizer
 
 
 def _quantization(config: Any, precision: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -168,7 +185,7 @@ def _keep_nf4_layout(model: PreTrainedModel) -> None:
 def _from_hub(name: str, load_one: Any, folder: str, **kwargs: Any) -> Any:
     try:
         return load_one(folder, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if Path(folder).is_dir():
             raise WhetError(
@@ -183,11 +200,28 @@ def _from_hub(name: str, load_one: Any, folder: str, **kwargs: Any) -> Any:
         ) from error
 
 
+def _check_weights(name: str, loaded: dict[str, Any]) -> None:
+    """Refuse what transformers fills with random numbers: weights that the files lack or hold in another shape."""
+    for key, in_file, in_model in sorted(loaded["mismatched_keys"]):
+        raise WhetError(
+            f"{key} is {tuple(in_file)} in the files but {tuple(in_model)} by config.json",
+            where=name,
+            fix="copy config.json and the weights again from one source",
+        )
+    missing = sorted(key for key in loaded["missing_keys"] if not key.startswith(NEW_HEADS))
+    if missing:
+        raise WhetError(
+            f"the files lack {len(missing)} of the model's weights, {missing[0]} first",
+            where=name,
+            fix="copy all *.safetensors and config.json again from the model's source",
+        )
+
+
 def _check_vocabulary(name: str, config: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     rows = getattr(config.get_text_config(), "vocab_size", None)
     if rows is not None and len(tokenizer) > rows:
         raise WhetError(
             f"the tokenizer has {len(tokenizer)} tokens but the embedding only {rows} rows",
             where=name,
-            fix=f"use the tokenizer this model was trained with, or resize: model.resize_token_embeddings({len(tokenizer)})",
+            fix="use the tokenizer this model was trained with, or give it more rows with resize_token_embeddings",
         )

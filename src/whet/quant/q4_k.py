@@ -23,7 +23,7 @@ BLOCK_SIZE, BLOCK_BYTES = 256, 144
 MAX_ABS = 60 * 65504.0  # dmin = max|x| / 63 must fit fp16, with room for the search
 
 # Trial scales span / (15 + t): the block's range over a little less or more than 15 steps.
-_TRIALS = np.arange(-0.9, 1.0, 0.3, dtype=np.float32)
+_TRIALS = np.arange(-2, 1.25, 0.25, dtype=np.float32)
 _POLISH = 2
 
 

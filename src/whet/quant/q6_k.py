@@ -21,7 +21,7 @@ BLOCK_SIZE, BLOCK_BYTES = 256, 210
 MAX_ABS = 30 * 127 * 65504.0  # d = max|x| / 32 / 128 must fit fp16, with room for the search
 
 # Trial scales: the largest weight at -(32 + t).
-_TRIALS = np.arange(-0.9, 1.0, 0.2, dtype=np.float32)
+_TRIALS = np.arange(-2, 4, 0.25, dtype=np.float32)
 
 
 def encode(x: FloatArray) -> ByteArray:
@@ -78,9 +78,9 @@ def _encode_blocks(x: FloatArray) -> ByteArray:
 
 def _decode_blocks(data: ByteArray) -> FloatArray:
     n = data.shape[0]
-    low, high = data[:, :128].reshape(n, 2, 1, 64), data[:, 128:192].reshape(n, 2, 1, 32)
-    low = np.concatenate([low & 15, low >> 4], axis=2).reshape(n, 2, 4, 32)
-    high = np.concatenate([high >> shift & 3 for shift in (0, 2, 4, 6)], axis=2)
+    nibbles, pairs = data[:, :128].reshape(n, 2, 1, 64), data[:, 128:192].reshape(n, 2, 1, 32)
+    low = np.concatenate([nibbles & 15, nibbles >> 4], axis=2).reshape(n, 2, 4, 32)
+    high = np.concatenate([pairs >> shift & 3 for shift in (0, 2, 4, 6)], axis=2)
     q = (low | high << 4).astype(np.int8) - np.int8(32)
     sc = np.ascontiguousarray(data[:, 192:208]).view(np.int8).astype(np.float32)
     scale = (fp16_values(data[:, 208:])[:, None] * sc)[:, :, None]

@@ -15,6 +15,7 @@ from whet.quant.blocks import ByteArray, FloatArray, decode_rows, encode_rows, f
 
 BLOCK_SIZE, BLOCK_BYTES = 32, 34
 MAX_ABS = 127 * 65504.0
+_NEGLIGIBLE = np.float32(2.0**-100)
 
 
 def encode(x: FloatArray) -> ByteArray:
@@ -28,7 +29,8 @@ def decode(data: ByteArray) -> FloatArray:
 
 
 def _encode_blocks(x: FloatArray) -> ByteArray:
-    return quantize(x, GGMLQuantizationType.Q8_0)
+    # Numbers so small that 1 / d would overflow: every fp16 scale turns them into zero anyway.
+    return quantize(np.where(np.abs(x) < _NEGLIGIBLE, np.float32(0), x), GGMLQuantizationType.Q8_0)
 
 
 def _decode_blocks(data: ByteArray) -> FloatArray:

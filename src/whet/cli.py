@@ -1,0 +1,121 @@
+"""The command line: thin verbs over the library, and the one place where errors become messages and exit codes.
+
+Exit codes: 0 done; 2 the user's input is at fault; 130 stopped by Ctrl-C; 1 a bug in whet, with its traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+
+from whet.errors import WhetError, WhetErrors
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fine-tune language models on hardware you own.",
+)
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+
+def main() -> None:
+    """The `whet` command."""
+    with _messages():
+        app(standalone_mode=True)
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the recipe and its data; train nothing.")] = False,
+) -> None:
+    """Do all that a recipe says: data, training, evaluation, export. Run it again to go on where it stopped."""
+    from whet.recipe import load
+
+    checked = load(recipe)
+    _quiet_libraries()
+    from whet import pipeline
+    from whet.train.fit import Stopped
+
+    if dry_run:
+        pipeline.dry_run(checked, recipe.parent, console)
+        return
+    try:
+        done = pipeline.run_recipe(checked, recipe.parent, runs, console)
+    except Stopped as stop:
+        console.print(f"stopped after step {stop.step}; to go on: whet run {escape(str(recipe))}")
+        raise typer.Exit(130) from None
+    console.print(f"[bold]done[/] {escape(str(done.folder))}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a recipe, for completion and checking in an editor."""
+    from whet.recipe import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+@app.command("exec", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def exec_(context: typer.Context, script: Annotated[Path, typer.Argument(help="A Python script.")]) -> None:
+    """Run a script written for unsloth or an older TRL, unchanged, on whet."""
+    from whet.compat.exec import run_script
+
+    run_script(script, context.args)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    import whet
+
+    print(whet.__version__)
+
+
+@contextmanager
+def _messages() -> Iterator[None]:
+    """A user's fault is told on stderr without a traceback, and ends the process with 2."""
+    try:
+        yield
+    except WhetError as error:
+        faults = error.errors if isinstance(error, WhetErrors) else [error]
+        for fault in faults:
+            where = f"[bold]{escape(fault.where)}[/]: " if fault.where else ""
+            errors.print(f"[red]error[/] {where}{escape(fault.what)}", soft_wrap=True)
+            if fault.fix:
+                errors.print(f"  [green]fix[/] {escape(fault.fix)}", soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        errors.print("stopped; run the same command to go on")
+        sys.exit(130)
+
+
+def _quiet_libraries() -> None:
+    """One voice on the terminal: whet's own log through rich, the libraries' warnings and bars off."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    handler = RichHandler(console=errors, show_time=False, show_path=False)
+    logging.getLogger("whet").addHandler(handler)
+
+
+if __name__ == "__main__":
+    main()

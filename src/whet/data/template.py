@@ -1,0 +1,449 @@
+"""Renders chat templates and masks prompts. Training, evaluation, export and serving all come here for it.
+
+A conversation is rendered once and tokenized once, as the server will do it; which tokens the model learns from is then
+read off the character positions of the assistant's turns:
+
+    start  the end of the text of the messages before, rendered with the generation prompt
+    end    the end of the token that stops the turn (<|im_end|>, ...); white space the template puts after it is no
+           part of the turn, for the model never gets to write it
+
+A token belongs to the turn in which its first character lies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any, Literal
+
+import jinja2
+import numpy as np
+from datasets import Dataset, Features, Value  # type: ignore[import-untyped]
+from datasets import List as ListOf
+from rich.text import Text as RichText
+from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerBase
+
+from whet.data.examples import Conversation, Example, Message, Text
+from whet.data.faults import Faults
+from whet.errors import WhetError
+
+IGNORE = -100
+"""The label of a token that takes no part in the loss."""
+
+TrainOn = Literal["responses", "last", "all"]
+
+PROBE = "\ue000answer\ue001"
+"""Stands in for an answer to find what the template puts after it: private-use characters that no record holds."""
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """input_ids, labels: [T], the labels IGNORE where a token takes no part in the loss. truncated: T was longer."""
+
+    input_ids: list[int]
+    labels: list[int]
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class Counts:
+    """rows, tokens, label_tokens: of the data set made. truncated: of its rows. all_masked: rows left out of it."""
+
+    rows: int
+    tokens: int
+    label_tokens: int
+    truncated: int
+    all_masked: int
+
+
+# ---------------------------------------------------------------- text
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool = False,
+    tools: list[Any] | None = None,
+) -> str:
+    """The conversation as text. Raises WhetError when there is no chat template, or it refuses the messages."""
+    return str(_apply(tokenizer, messages, tools, add_generation_prompt=add_generation_prompt, tokenize=False))
+
+
+def prompt_text(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, tools: list[Any] | None = None
+) -> str:
+    """The text to generate from: everything before the last assistant turn, then the generation prompt."""
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    before = messages[: answers[-1]] if answers else messages
+    return render(tokenizer, before, add_generation_prompt=True, tools=tools)
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256, in hex, of the chat template, the special tokens and the tokenizer.json that training saw."""
+    _check_fast(tokenizer)
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    # How the last batch was padded or cut is kept in tokenizer.json too, but changes no token.
+    content.pop("padding", None)
+    content.pop("truncation", None)
+    parts = [tokenizer.chat_template, tokenizer.special_tokens_map, content]
+    canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+
+# ---------------------------------------------------------------- tokens and labels
+
+
+def tokenize_conversation(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    train_on: TrainOn = "responses",
+    max_length: int,
+    tools: list[Any] | None = None,
+) -> Tokenized:
+    """Token ids of the whole conversation, cut at `max_length`, and the labels of the turns to learn from.
+
+    train_on: every assistant turn, the last one, or all tokens, prompts included.
+    Templates with {% generation %} tags say themselves what the assistant writes; else turns are found by rendering.
+    Raises WhetError when the template changes the text of earlier messages as the conversation grows, because training
+    would then learn from prompts that the server never makes.
+    """
+    _check_fast(tokenizer)
+    _check_train_on(train_on)
+    if train_on != "all" and _has_generation_tag(tokenizer, tools):
+        return _tokenize_by_tags(tokenizer, messages, train_on, max_length, tools)
+    text = render(tokenizer, messages, tools=tools)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    input_ids: list[int] = encoded["input_ids"]
+    if train_on == "all":
+        return _cut(input_ids, list(input_ids), max_length)
+    spans = _answer_spans(tokenizer, messages, text, train_on, tools)
+    return _cut(input_ids, _labels(input_ids, _first_characters(encoded["offset_mapping"]), spans), max_length)
+
+
+def tokenize_text(tokenizer: PreTrainedTokenizerBase, text: str, *, max_length: int) -> Tokenized:
+    """Token ids of raw text, every one a label, with the end-of-sequence token after it.
+
+    The tokenizer's own first token is put before it, unless the text already begins with that one.
+    """
+    if tokenizer.eos_token_id is None:
+        raise WhetError(
+            "the tokenizer has no end-of-sequence token, so a model could not learn where a text ends",
+            where="tokenizer",
+            fix="set tokenizer.eos_token to a token of its vocabulary",
+        )
+    has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    input_ids: list[int] = tokenizer(text, add_special_tokens=not has_bos)["input_ids"]
+    if input_ids[-1:] != [tokenizer.eos_token_id]:
+        input_ids = [*input_ids, tokenizer.eos_token_id]
+    return _cut(input_ids, list(input_ids), max_length)
+
+
+def prepare_sft(
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Iterable[Example],
+    *,
+    max_length: int,
+    train_on: TrainOn = "responses",
+) -> tuple[Any, Counts]:
+    """(data set with input_ids and labels, counts), the rows in the order of the examples.
+
+    Rows without a label left, as when the prompt alone fills `max_length`, are dropped and counted.
+    Raises WhetError for preference pairs, when there are no examples, and when no row has a label.
+    """
+    kept: list[Tokenized] = []
+    all_masked = 0
+    faults = Faults()
+    for example in examples:
+        if isinstance(example, Conversation):
+            _check_template(tokenizer)
+        try:
+            row = _tokenize(tokenizer, example, train_on, max_length)
+        except WhetError as error:
+            where = f"{example.where}, {error.where}" if error.where else example.where
+            faults.add(WhetError(error.what, where=where, fix=error.fix))
+            continue
+        if any(label != IGNORE for label in row.labels[1:]):  # nothing predicts the first token
+            kept.append(row)
+        else:
+            all_masked += 1
+    faults.raise_if_any()
+    if not kept:
+        raise _nothing_to_learn(all_masked, max_length)
+    columns = {
+        "input_ids": [np.asarray(row.input_ids, dtype=np.int32) for row in kept],
+        "labels": [np.asarray(row.labels, dtype=np.int32) for row in kept],
+    }
+    counts = Counts(
+        rows=len(kept),
+        tokens=sum(len(row.input_ids) for row in kept),
+        label_tokens=sum(label != IGNORE for row in kept for label in row.labels),
+        truncated=sum(row.truncated for row in kept),
+        all_masked=all_masked,
+    )
+    features = Features({name: ListOf(Value("int32")) for name in columns})
+    return Dataset.from_dict(columns, features=features), counts
+
+
+def mask_by_markers(
+    tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], instruction_part: str, response_part: str
+) -> list[int]:
+    """Labels [T] for ids that are already there: what follows each response marker, up to the next instruction marker.
+
+    The markers are looked for in the decoded text, not among the ids, because tokenizers merge a marker's outer line
+    breaks with what stands beside it. White space at a marker's ends counts as part of it where it is present.
+    A row without a response marker comes back all IGNORE: count those. Raises WhetError for unusable markers.
+    """
+    _check_fast(tokenizer)
+    if not instruction_part.strip() or not response_part.strip() or instruction_part.strip() == response_part.strip():
+        raise WhetError(
+            f"the markers {instruction_part!r} and {response_part!r} cannot tell prompts from answers",
+            where="instruction_part, response_part",
+            fix="pass the texts that begin a user turn and an answer, as '<|im_start|>user\\n'",
+        )
+    text, first_characters = _decode(tokenizer, input_ids)
+    markers = sorted(
+        [(*found, False) for found in _find_marker(text, instruction_part)]
+        + [(*found, True) for found in _find_marker(text, response_part)]
+    )
+    spans: list[tuple[int, int]] = []
+    answer: int | None = None  # where the answer that is open began
+    for begin, end, is_response in [*markers, (len(text) + 1, 0, False)]:
+        if answer is not None:
+            spans.append((answer, begin))
+        answer = end if is_response else None
+    return _labels(list(input_ids), first_characters, spans)
+
+
+def preview(tokenizer: PreTrainedTokenizerBase, tokenized: Tokenized) -> RichText:
+    """The row as the model sees it, the tokens it does not learn from dimmed."""
+    shown = RichText()
+    start = 0
+    masked = [label == IGNORE for label in tokenized.labels]
+    for end in range(1, len(masked) + 1):
+        if end == len(masked) or masked[end] != masked[start]:
+            text = tokenizer.decode(tokenized.input_ids[start:end], clean_up_tokenization_spaces=False)
+            shown.append(str(text), style="dim" if masked[start] else "bold")
+            start = end
+    return shown
+
+
+# ---------------------------------------------------------------- how turns are found
+
+
+Span = tuple[int, int]
+"""First character, and the one after the last."""
+
+
+def _answer_spans(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    text: str,
+    train_on: TrainOn,
+    tools: list[Any] | None,
+) -> list[Span]:
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns:
+        raise WhetError("there is no assistant turn to learn from", fix="add the answer, or remove the row")
+    chosen = turns[-1:] if train_on == "last" else turns
+    return [_answer_span(tokenizer, messages, turn, text, tools) for turn in chosen]
+
+
+def _answer_span(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], turn: int, text: str, tools: list[Any] | None
+) -> Span:
+    """Where the turn lies in `text`.
+
+    Its end is found by rendering the same conversation with another answer in its place, so that a template may treat
+    the last turn, or turns before the last question, differently.
+    """
+    probe = {"role": "assistant", "content": PROBE}
+    probed = render(tokenizer, [*messages[:turn], probe, *messages[turn + 1 :]], tools=tools)
+    before, found, after = probed.partition(PROBE)
+    prompt = render(tokenizer, messages[:turn], add_generation_prompt=True, tools=tools) if turn else before
+    written = len(text) - len(after)
+    if not found or not text.endswith(after) or not text.startswith(prompt) or len(prompt) > written:
+        raise _not_a_prefix(tokenizer, turn)
+    return len(prompt), written + _stop_length(tokenizer, after, [*messages[:turn], probe], tools)
+
+
+def _stop_length(
+    tokenizer: PreTrainedTokenizerBase, after: str, until: Sequence[Message], tools: list[Any] | None
+) -> int:
+    """How much of the text after an answer is the model's own: through the token that stops it.
+
+    Where no special token follows, the stop is what the template writes after an answer that ends a conversation.
+    """
+    rest = after.lstrip()
+    space = len(after) - len(rest)
+    special = {*tokenizer.added_tokens_encoder, *tokenizer.all_special_tokens}
+    stop = max((token for token in special if token and rest.startswith(token)), key=len, default=None)
+    if stop is not None:
+        return space + len(stop)
+    closing = render(tokenizer, until, tools=tools).partition(PROBE)[2].rstrip()
+    return len(closing) if after.startswith(closing) else 0
+
+
+def _first_characters(offsets: Iterable[Span]) -> list[int]:
+    """The position of each token's first character. Some tokenizers leave spaces out of a token's offsets: one made of
+    nothing else has an empty span, and begins where the token before it ended."""
+    positions = []
+    previous_end = 0
+    for start, end in offsets:
+        positions.append(start if start < end else previous_end)
+        previous_end = end
+    return positions
+
+
+def _labels(input_ids: list[int], first_characters: list[int], spans: list[Span]) -> list[int]:
+    """The id of each token that begins inside a span, IGNORE elsewhere. Spans are in order and apart."""
+    starts = [start for start, _ in spans]
+    labels = []
+    for token, position in zip(input_ids, first_characters, strict=True):
+        i = bisect_right(starts, position) - 1
+        labels.append(token if i >= 0 and position < spans[i][1] else IGNORE)
+    return labels
+
+
+def _cut(input_ids: list[int], labels: list[int], max_length: int) -> Tokenized:
+    return Tokenized(input_ids[:max_length], labels[:max_length], truncated=len(input_ids) > max_length)
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int]) -> tuple[str, list[int]]:
+    """(text, position of each token's first character in it)."""
+    stream = DecodeStream(skip_special_tokens=False)
+    pieces: list[str] = []
+    positions = []
+    length = 0
+    for token in input_ids:
+        positions.append(length)
+        piece = stream.step(tokenizer.backend_tokenizer, int(token))  # None inside a character of several tokens
+        if piece:
+            pieces.append(piece)
+            length += len(piece)
+    return "".join(pieces), positions
+
+
+def _find_marker(text: str, marker: str) -> list[Span]:
+    """Where the marker stands, its outer white space included as far as the text has it."""
+    core = marker.strip()
+    lead, trail = marker.split(core)
+    found = []
+    for match in re.finditer(re.escape(core), text):
+        begin, end = match.span()
+        begin -= _shared(lead[::-1], text[max(0, begin - len(lead)) : begin][::-1])
+        end += _shared(trail, text[end : end + len(trail)])
+        found.append((begin, end))
+    return found
+
+
+def _shared(text: str, other: str) -> int:
+    """How many characters the two texts begin with in common."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, other, strict=False)))
+
+
+# ---------------------------------------------------------------- how templates are called, and how they fail
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, example: Example, train_on: TrainOn, max_length: int) -> Tokenized:
+    if isinstance(example, Conversation):
+        return tokenize_conversation(
+            tokenizer, example.messages, train_on=train_on, max_length=max_length, tools=example.tools
+        )
+    if isinstance(example, Text):
+        return tokenize_text(tokenizer, example.text, max_length=max_length)
+    raise WhetError(
+        "a preference pair is no example to imitate", fix="train with method: dpo, or use a format of conversations"
+    )
+
+
+def _tokenize_by_tags(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    train_on: TrainOn,
+    max_length: int,
+    tools: list[Any] | None,
+) -> Tokenized:
+    encoded = _apply(tokenizer, messages, tools, return_dict=True, return_assistant_tokens_mask=True)
+    input_ids: list[int] = encoded["input_ids"]
+    mask: list[int] = encoded["assistant_masks"]
+    if train_on == "last" and 1 in mask:
+        end = len(mask) - mask[::-1].index(1)
+        start = next((i + 1 for i in range(end - 1, -1, -1) if not mask[i]), 0)
+        mask = [int(start <= i < end) for i in range(len(mask))]
+    labels = [token if learn else IGNORE for token, learn in zip(input_ids, mask, strict=True)]
+    return _cut(input_ids, labels, max_length)
+
+
+def _has_generation_tag(tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None) -> bool:
+    _check_template(tokenizer)
+    return re.search(r"\{%[-+]?\s*generation\b", tokenizer.get_chat_template(tools=tools)) is not None
+
+
+def _apply(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: list[Any] | None, **options: Any
+) -> Any:
+    _check_template(tokenizer)
+    if not messages:
+        raise WhetError("there are no messages to render", fix="begin the conversation with a user turn")
+    try:
+        return tokenizer.apply_chat_template(list(messages), tools=tools, **options)
+    except jinja2.TemplateError as error:
+        raise WhetError(
+            f"{_template_name(tokenizer)} refuses the messages: {error}",
+            fix="change the messages, or use another template",
+        ) from error
+
+
+def _template_name(tokenizer: PreTrainedTokenizerBase) -> str:
+    name = tokenizer.name_or_path
+    return f"the chat template of {name}" if name else "the tokenizer's chat template"
+
+
+def _not_a_prefix(tokenizer: PreTrainedTokenizerBase, turn: int) -> WhetError:
+    return WhetError(
+        f"{_template_name(tokenizer)} does not keep the text before the answer as it was when the answer was asked for",
+        where=f"message {turn}",
+        fix='learn from the last answer alone (train_on: "last"), name a template (template: chatml), '
+        "or mark the answers in the template with {% generation %}",
+    )
+
+
+def _nothing_to_learn(all_masked: int, max_length: int) -> WhetError:
+    if not all_masked:
+        return WhetError("there are no examples", where="data", fix="check the sources and the split")
+    return WhetError(
+        f"not one of {all_masked} rows has a label left after it is cut to {max_length} tokens",
+        where="data",
+        fix="raise max_seq_length, or shorten the prompts",
+    )
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    if not tokenizer.chat_template:
+        raise WhetError(
+            "the tokenizer has no chat template",
+            where="tokenizer",
+            fix='name one in the recipe (template: chatml), or call get_chat_template(tokenizer, "chatml")',
+        )
+
+
+def _check_fast(tokenizer: PreTrainedTokenizerBase) -> None:
+    if not tokenizer.is_fast:
+        raise WhetError(
+            "the tokenizer cannot say which characters a token covers",
+            where="tokenizer",
+            fix="load it with AutoTokenizer from a folder that holds tokenizer.json",
+        )
+
+
+def _check_train_on(train_on: str) -> None:
+    if train_on not in ("responses", "last", "all"):
+        raise WhetError(f"train_on is {train_on!r}", where="train_on", fix="use responses, last or all")

@@ -1,0 +1,128 @@
+"""The whole journey: recipe -> data -> train -> eval -> export, each stage in its own folder of the run.
+
+A stage whose folder is there is not run again, so a run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import load_from_disk
+from rich.console import Console
+
+from whet.data.formats import Source
+from whet.data.prepare import prepare, read_questions, read_sides
+from whet.evals.heldout import compare
+from whet.export.gguf_model import save_gguf
+from whet.export.merge import save_merged
+from whet.files import write_text
+from whet.recipe import Recipe, Split
+from whet.recipe_model import load_base, load_for_training, load_tuned, tokenizer_of
+from whet.runs.plots import plot_loss
+from whet.runs.store import Run
+from whet.train.fit import fit
+
+Summary = dict[str, Any]
+MERGED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "nf4": torch.bfloat16}
+
+
+def run_recipe(recipe: Recipe, base: Path, root: Path, console: Console) -> Run:
+    """Do all that `recipe` says, from where an earlier call stopped. Its paths start at `base`; runs lie in `root`."""
+    run = Run.open(recipe, base, root)
+    try:
+        console.print(f"[bold]{recipe.name}[/] in {run.folder}")
+        _stage(run, console, "data", lambda folder: make_data(recipe, base, folder))
+        _stage(run, console, "trained", lambda folder: train(run, folder, console))
+        if recipe.eval:
+            _stage(run, console, "eval", lambda folder: evaluate(run, folder, console))
+        _stage(run, console, "export", lambda folder: export(run, folder))
+    finally:
+        run.close()
+    return run
+
+
+def _stage(run: Run, console: Console, name: str, work: Callable[[Path], Summary]) -> None:
+    """Do a stage unless it is done; its summary is kept in its folder and shown either way."""
+
+    def build(folder: Path) -> None:
+        write_text(folder / "summary.json", json.dumps(work(folder), indent=1))
+
+    folder, built = run.stage(name, build)
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    shown = "  ".join(f"{key} [bold]{value}[/]" for key, value in summary.items())
+    console.print(f"[green]{name:<8}[/]{shown}{'' if built else '  [dim](done before)[/]'}")
+
+
+def make_data(recipe: Recipe, base: Path, folder: Path) -> Summary:
+    """Read, split, tokenize and pack: train/ and heldout/ (token ids), questions.jsonl (prompts and references)."""
+    split = recipe.data.split or Split()
+    sides = read_sides(
+        [Source(**source.model_dump()) for source in recipe.data.sources],
+        [Source(**source.model_dump()) for source in recipe.data.eval_sources],
+        base=base,
+        eval_fraction=split.eval,
+        group_by=split.group_by,
+        seed=recipe.seed,
+    )
+    prepared = prepare(
+        *sides,
+        tokenizer_of(recipe.model),
+        method=recipe.train.method,
+        max_length=recipe.model.max_seq_length,
+        train_on=recipe.data.train_on,
+        packing=recipe.train.packing,
+    )
+    prepared.save(folder)
+    return prepared.summary
+
+
+def train(run: Run, folder: Path, console: Console) -> Summary:
+    """Fine-tune on the run's rows: the adapter, or the whole model where there is none, and loss.png."""
+    model, tokenizer = load_for_training(run.recipe)
+    fit(model, tokenizer, load_from_disk(str(run.folder / "data" / "train")), run, console)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    steps = run.metrics("train")
+    plot_loss(steps, folder / "loss.png", title=run.recipe.name)
+    return {"steps": len(steps), "first loss": round(steps[0]["loss"], 4), "last loss": round(steps[-1]["loss"], 4)}
+
+
+def evaluate(run: Run, folder: Path, console: Console) -> Summary:
+    """Loss and exact match of the base and of the tuned model on the same held-out rows; answers.jsonl."""
+    settings = run.recipe.eval
+    model, tokenizer = load_tuned(run.recipe, run.folder / "trained")
+    comparison = compare(
+        model,
+        tokenizer,
+        load_from_disk(str(run.folder / "data" / "heldout")).to_list(),
+        read_questions(run.folder / "data" / "questions.jsonl")[: settings.limit if settings.exact_match else 0],
+        base=None if run.recipe.adapter else (lambda: load_base(run.recipe.model)[0]),
+        max_new_tokens=settings.max_new_tokens,
+        batch=settings.batch,
+        console=console,
+    )
+    comparison.save(folder / "answers.jsonl")
+    run.log(stage="eval", **comparison.scores)
+    return comparison.summary
+
+
+def export(run: Run, folder: Path) -> Summary:
+    """What the recipe asks for besides the adapter: merged/ and model-TYPE.gguf."""
+    wanted = run.recipe.export
+    if wanted.merged or wanted.gguf:
+        model, tokenizer = load_tuned(run.recipe, run.folder / "trained")
+    if wanted.merged:
+        method = "merged_4bit" if wanted.merged == "nf4" else "merged_16bit"
+        save_merged(model, folder / "merged", tokenizer, method=method, base=wanted.base, dtype=MERGED[wanted.merged])
+    if wanted.gguf:
+        save_gguf(model, folder, tokenizer, wanted.gguf, base=wanted.base)
+    return {item.name: f"{_size(item) / 1e6:.1f} MB" for item in sorted(folder.iterdir())}
+
+
+def _size(item: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    return sum(path.stat().st_size for path in [item, *item.rglob("*")] if path.is_file())

@@ -1,0 +1,236 @@
+"""TRL's trainers, which also take the arguments that scripts were written with.
+
+Each class below is TRL's own with `OlderTrainer` in front, which does this before TRL's constructor runs:
+
+- `tokenizer=` is `processing_class=`; settings given to the trainer (max_seq_length, packing, beta, ...) go into its
+  config, under today's names; `args=` may be a plain TrainingArguments;
+- on a model that whet loaded, the longest row is `model.max_seq_length`, and layers are recomputed in the backward pass
+  as the model was told to, unless the arguments say otherwise; the adapter stays in fp32, which TRL rounds to bf16;
+- nothing is sent: TRL reports over the network that a trainer was made.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import transformers
+import trl
+from peft import PeftModel
+from torch import nn
+
+from whet.models import attention
+from whet.train.arguments import OLDER_ARGUMENTS, TRL_MAY_DECIDE, OlderArguments, given_names, translate
+from whet.train.formatting import FormattingFunction, formatted
+
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", message="You are importing from 'trl.experimental'")
+    from trl.experimental import orpo
+
+Arguments = dict[str, Any]
+
+
+class OlderTrainer:
+    """Put before a TRL trainer, takes older arguments and follows the model's own settings."""
+
+    config_class: ClassVar[type]
+    _name: ClassVar[str]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        parameters = list(inspect.signature(super().__init__).parameters)
+        arguments: Arguments = dict(zip(parameters, args, strict=False)) | kwargs
+        if "tokenizer" in arguments:
+            tokenizer = arguments.pop("tokenizer")
+            arguments["processing_class"] = arguments.get("processing_class") or tokenizer
+        settings = {name: arguments.pop(name) for name in list(arguments) if name not in parameters}
+        model = arguments.get("model")
+        config = self._config(model, arguments.get("args"), settings)
+        self._follow(model, config)
+        self._adjust(config, arguments)
+        with _adapter_kept(model), _false_warnings_hidden(model):
+            super().__init__(**{**arguments, "args": config})
+
+    @classmethod
+    def _config(cls, model: Any, args: transformers.TrainingArguments | None, settings: Arguments) -> Any:
+        """A config of this trainer: that of `args`, and `settings` over it. `args` itself is left as it is."""
+        names = {field.name for field in dataclasses.fields(cls.config_class)}
+        for name in settings:
+            if name not in names and name not in OLDER_ARGUMENTS:
+                raise TypeError(f"{cls.__name__}() got an unexpected keyword argument {name!r}")
+        settings = translate({name: value for name, value in settings.items() if value is not None}, names)
+        if args is None:
+            return cls.config_class(**{"output_dir": f"{_model_name(model)}-{cls._name}", **settings})
+        given = given_names(args)
+        if isinstance(args, cls.config_class.__bases__[-1]) and not settings:
+            config = copy.copy(args)
+        else:
+            config = cls.config_class(**(_values(args, given) | settings))
+        config._given = given | settings.keys()
+        return config
+
+    @staticmethod
+    def _follow(model: Any, config: Any) -> None:
+        """Take the longest row and recomputation from a model that whet loaded, unless the user said otherwise."""
+        longest = getattr(model, "max_seq_length", None)
+        if longest is None:
+            return
+        given = given_names(config)
+        if hasattr(config, "max_length") and "max_length" not in given:
+            config.max_length = longest
+        if "gradient_checkpointing" not in given:
+            for name in ("gradient_checkpointing", "activation_checkpointing"):
+                if hasattr(config, name):
+                    setattr(config, name, False)  # transformers then leaves the model as it is
+        elif not config.gradient_checkpointing:
+            _keep_activations(model)
+
+    def _adjust(self, config: Any, arguments: Arguments) -> None:
+        """What one trainer needs beyond the rest."""
+
+    def _send_telemetry(self) -> None:
+        """Nothing. TRL's method of this name reports the trainer, the model and the hardware to its makers."""
+
+
+def _model_name(model: Any) -> str:
+    return Path(model if isinstance(model, str) else model.config._name_or_path or "model").name
+
+
+def _values(args: transformers.TrainingArguments, given: frozenset[str]) -> Arguments:
+    """Every field of `args`, for a config of another class."""
+    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(args) if field.init}
+    for name in TRL_MAY_DECIDE:
+        if name not in given:
+            values.pop(name, None)
+    if values.get("steps_per_generation") is not None:
+        values.pop("generation_batch_size")  # GRPO works out one of the two from the other and refuses to be given both
+    return values
+
+
+def _keep_activations(model: Any) -> None:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    # transformers 5.24 renamed the method
+    disable = getattr(base, "activation_checkpointing_disable", None) or base.gradient_checkpointing_disable
+    disable()
+
+
+@contextmanager
+def _adapter_kept(model: Any) -> Iterator[None]:
+    """Give the trainable weights of a whet model back the values that TRL rounds to bf16 on a quantized base."""
+    ours = isinstance(model, nn.Module) and hasattr(model, "max_seq_length")
+    kept = [(p, p.data) for p in model.parameters() if p.requires_grad] if ours else []
+    yield
+    for parameter, data in kept:
+        if parameter.dtype != data.dtype:
+            parameter.data = data.to(parameter.device)
+
+
+@contextmanager
+def _false_warnings_hidden(model: Any) -> Iterator[None]:
+    """TRL 1.15 warns that packed documents may see each other unless attention has a name it knows. Not in ours."""
+    config = getattr(model, "config", None)
+    if getattr(config, "_attn_implementation", None) != attention.NAME:
+        yield
+        return
+    logger = logging.getLogger("trl.trainer.sft_trainer")
+
+    def is_true(record: logging.LogRecord) -> bool:
+        return "supported Flash Attention variant" not in record.getMessage()
+
+    logger.addFilter(is_true)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_true)
+
+
+# ---------------------------------------------------------------- the six
+
+
+class SFTConfig(OlderArguments, trl.SFTConfig):
+    """trl.SFTConfig that also takes older names, such as max_seq_length."""
+
+
+class DPOConfig(OlderArguments, trl.DPOConfig):
+    """trl.DPOConfig that also takes older names, such as max_prompt_length."""
+
+
+class KTOConfig(OlderArguments, trl.KTOConfig):
+    """trl.KTOConfig that also takes older names."""
+
+
+class ORPOConfig(OlderArguments, orpo.ORPOConfig):
+    """trl.experimental.orpo.ORPOConfig that also takes older names."""
+
+
+class GRPOConfig(OlderArguments, trl.GRPOConfig):
+    """trl.GRPOConfig that also takes older names, such as max_prompt_length."""
+
+
+class RewardConfig(OlderArguments, trl.RewardConfig):
+    """trl.RewardConfig that also takes older names."""
+
+
+class SFTTrainer(OlderTrainer, trl.SFTTrainer):
+    """Learns to continue text, or to answer. See trl.SFTTrainer.
+
+    formatting_func: row -> text; or, as older scripts have it, a batch of rows (a dict of lists) -> list of texts.
+    """
+
+    config_class = SFTConfig
+
+    def _adjust(self, config: Any, arguments: Arguments) -> None:
+        if arguments.get("formatting_func") is not None:
+            config.dataset_text_field = "text"
+            if config.completion_only_loss is None:
+                config.completion_only_loss = False  # TRL would refuse a formatted data set with a "prompt" column
+
+    def _prepare_dataset(
+        self,
+        dataset: Any,
+        processing_class: Any,
+        args: Any,
+        packing: bool,
+        formatting_func: FormattingFunction | None,
+        dataset_name: str,
+    ) -> Any:
+        if formatting_func is not None and "input_ids" not in next(iter(dataset)):
+            dataset = formatted(dataset, formatting_func, num_proc=args.dataset_num_proc)
+            formatting_func = None
+        return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+
+
+class DPOTrainer(OlderTrainer, trl.DPOTrainer):
+    """Learns from pairs of a chosen and a rejected answer. See trl.DPOTrainer."""
+
+    config_class = DPOConfig
+
+
+class KTOTrainer(OlderTrainer, trl.KTOTrainer):
+    """Learns from single answers marked good or bad. See trl.KTOTrainer."""
+
+    config_class = KTOConfig
+
+
+class ORPOTrainer(OlderTrainer, orpo.ORPOTrainer):
+    """Learns from pairs without a reference model. See trl.experimental.orpo.ORPOTrainer."""
+
+    config_class = ORPOConfig
+
+
+class GRPOTrainer(OlderTrainer, trl.GRPOTrainer):
+    """Learns from rewards of its own answers. See trl.GRPOTrainer."""
+
+    config_class = GRPOConfig
+
+
+class RewardTrainer(OlderTrainer, trl.RewardTrainer):
+    """Trains a classifier with one output to score answers. See trl.RewardTrainer."""
+
+    config_class = RewardConfig
