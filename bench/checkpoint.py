@@ -1,6 +1,7 @@
-"""Random weights in the shape of a real model, with a small tokenizer: speed and memory do not depend on what was learnt.
+"""Random weights in the shape of a real model, with a small tokenizer.
 
-Shapes are those of Llama 3.1 8B and Llama 3.2 1B, and one that a CPU trains in seconds.
+Speed and memory do not depend on what was learnt. Shapes are those of Llama 3.1 8B and Llama 3.2 1B, and one that a CPU
+trains in seconds.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ def checkpoint(name: str, folder: Path) -> Path:
     if name not in SHAPES:
         return Path(name)
     if not (folder / "config.json").is_file():
-        _write(name, folder)
+        partial = folder.with_name(f"{folder.name}.partial")
+        _write(name, partial)
+        partial.rename(folder)
     return folder
 
 

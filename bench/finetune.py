@@ -1,9 +1,9 @@
 """One fine-tune by one engine, measured: the same work for whet and its peers, one JSON line a run.
 
-    python bench/finetune.py --engine whet --model 8b --bs 2 --ga 4 --seq 2048 --run-id ID --out bench/results/qlora.jsonl
+    python bench/finetune.py --engine whet --model 8b --run-id ID --out bench/results/qlora.jsonl
 
-The model has random weights (or is a folder's), the tokens are random, the trainer is TRL's SFT on every engine. Engines
-are comparable when one command ran them, one after the other, on one machine: give those runs one --run-id.
+The model has random weights (or is a folder's), the tokens are random, the trainer is TRL's SFT on every engine.
+Engines are comparable when one command ran them, one after the other, on one machine: give those runs one --run-id.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -50,6 +51,8 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if not 0 <= args.warm < args.steps:
         parser.error("--warm must leave at least one of --steps to be timed")
+    if args.full:
+        args.bits = 16
     return args
 
 
@@ -123,11 +126,12 @@ def load_hf(folder: Path, args: argparse.Namespace, dtype: Any) -> Loaded:
     return model, AutoTokenizer.from_pretrained(folder)
 
 
-ENGINES: dict[str, Callable[[Path, argparse.Namespace, Any], Loaded]] = {
-    "whet": load_whet,
-    "hf": load_hf,
-    "hf-liger": load_hf,
-    "unsloth": load_unsloth,
+# What to import before the clock starts (unsloth: before the libraries it changes), and the function that loads.
+ENGINES: dict[str, tuple[str, Callable[[Path, argparse.Namespace, Any], Loaded]]] = {
+    "whet": ("whet.language_model", load_whet),
+    "hf": ("peft", load_hf),
+    "hf-liger": ("liger_kernel.transformers", load_hf),
+    "unsloth": ("unsloth", load_unsloth),
 }
 
 
@@ -222,8 +226,8 @@ def train(model: Any, tokenizer: Any, args: argparse.Namespace) -> Any:
 
 def result(args: argparse.Namespace) -> dict[str, Any]:
     """Load, train, and say how fast, in how much memory, on what."""
-    if args.engine == "unsloth":
-        import unsloth  # noqa: F401  must come before the libraries it changes
+    library, load = ENGINES[args.engine]
+    import_module(library)
     import torch
     from checkpoint import checkpoint
     from environment import origin
@@ -234,7 +238,7 @@ def result(args: argparse.Namespace) -> dict[str, Any]:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
-    model, tokenizer = ENGINES[args.engine](folder, args, torch.bfloat16 if cuda else torch.float32)
+    model, tokenizer = load(folder, args, torch.bfloat16 if cuda else torch.float32)
     load_s = time.perf_counter() - started
     load_peak = torch.cuda.max_memory_allocated() / GIB if cuda else None
     if cuda:

@@ -68,7 +68,9 @@ def main(out: Path) -> None:
         sides[side].append(json.dumps({"messages": messages, "entry": f"{entry.module}.{entry.name}"}) + "\n")
     for side, lines in sides.items():
         (out / f"{side}.jsonl").write_text("".join(lines), encoding="utf-8")
-    print(f"{len(sides['train'])} training rows and {len(sides['heldout'])} held-out rows of {len(PACKAGES)} packages in {out}")
+    print(
+        f"{len(sides['train'])} training rows and {len(sides['heldout'])} held-out rows of {len(PACKAGES)} packages in {out}"
+    )
 
 
 if __name__ == "__main__":

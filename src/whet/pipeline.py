@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from datasets import load_from_disk
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
+from whet import recipe as recipes
 from whet.data.formats import Source
-from whet.data.prepare import prepare, read_questions, read_sides
+from whet.data.prepare import Prepared, prepare, read_questions, read_sides
+from whet.data.template import Tokenized, preview
 from whet.evals.heldout import compare
 from whet.export.gguf_model import save_gguf
 from whet.export.merge import save_merged
 from whet.files import write_text
-from whet.recipe import Recipe, Split
 from whet.recipe_model import load_base, load_for_training, load_tuned, tokenizer_of
 from whet.runs.plots import plot_loss
 from whet.runs.store import Run
@@ -30,7 +32,7 @@ Summary = dict[str, Any]
 MERGED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "nf4": torch.bfloat16}
 
 
-def run_recipe(recipe: Recipe, base: Path, root: Path, console: Console) -> Run:
+def run_recipe(recipe: recipes.Recipe, base: Path, root: Path, console: Console) -> Run:
     """Do all that `recipe` says, from where an earlier call stopped. Its paths start at `base`; runs lie in `root`."""
     run = Run.open(recipe, base, root)
     try:
@@ -45,6 +47,17 @@ def run_recipe(recipe: Recipe, base: Path, root: Path, console: Console) -> Run:
     return run
 
 
+def dry_run(recipe: recipes.Recipe, base: Path, console: Console) -> None:
+    """Read the data, tokenize it and show the first row as the model will see it; write and train nothing."""
+    prepared, tokenizer = _prepare(recipe, base)
+    _show(console, "data", prepared.summary)
+    if recipe.train.method == "sft":
+        first = prepared.heldout[0]
+        console.print(preview(tokenizer, Tokenized(first["input_ids"], first["labels"], truncated=False)))
+    tokens = recipe.rows_per_step * recipe.model.max_seq_length
+    console.print(f"[green]{'train':<8}[/]{recipe.train.method}, {tokens} tokens a step; nothing was written")
+
+
 def _stage(run: Run, console: Console, name: str, work: Callable[[Path], Summary]) -> None:
     """Do a stage unless it is done; its summary is kept in its folder and shown either way."""
 
@@ -53,31 +66,45 @@ def _stage(run: Run, console: Console, name: str, work: Callable[[Path], Summary
 
     folder, built = run.stage(name, build)
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    _show(console, name, summary, "" if built else "  [dim](done before)[/]")
+
+
+def _show(console: Console, name: str, summary: Summary, note: str = "") -> None:
     shown = "  ".join(f"{key} [bold]{value}[/]" for key, value in summary.items())
-    console.print(f"[green]{name:<8}[/]{shown}{'' if built else '  [dim](done before)[/]'}")
+    console.print(f"[green]{name:<8}[/]{shown}{note}", soft_wrap=True)
 
 
-def make_data(recipe: Recipe, base: Path, folder: Path) -> Summary:
+def make_data(recipe: recipes.Recipe, base: Path, folder: Path) -> Summary:
     """Read, split, tokenize and pack: train/ and heldout/ (token ids), questions.jsonl (prompts and references)."""
-    split = recipe.data.split or Split()
+    prepared, _ = _prepare(recipe, base)
+    prepared.save(folder)
+    return prepared.summary
+
+
+def _prepare(recipe: recipes.Recipe, base: Path) -> tuple[Prepared, PreTrainedTokenizerBase]:
+    split = recipe.data.split or recipes.Split()
     sides = read_sides(
-        [Source(**source.model_dump()) for source in recipe.data.sources],
-        [Source(**source.model_dump()) for source in recipe.data.eval_sources],
+        _sources(recipe.data.sources),
+        _sources(recipe.data.eval_sources),
         base=base,
         eval_fraction=split.eval,
         group_by=split.group_by,
         seed=recipe.seed,
     )
+    tokenizer = tokenizer_of(recipe.model)
     prepared = prepare(
         *sides,
-        tokenizer_of(recipe.model),
+        tokenizer,
         method=recipe.train.method,
         max_length=recipe.model.max_seq_length,
         train_on=recipe.data.train_on,
         packing=recipe.train.packing,
     )
-    prepared.save(folder)
-    return prepared.summary
+    return prepared, tokenizer
+
+
+def _sources(sources: list[recipes.Source]) -> list[Source]:
+    return [Source(s.path, None if s.format == "auto" else s.format, s.columns) for s in sources]
 
 
 def train(run: Run, folder: Path, console: Console) -> Summary:

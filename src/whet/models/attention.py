@@ -61,37 +61,28 @@ def varlen_attention(
         out = _attend(query, key, value, attention_mask, False, dropout, scale, softcap)
         return out.transpose(1, 2).contiguous(), None
 
+    # `split` rather than slices: its backward joins the parts once, where each slice's fills a whole gradient
     rows = []
-    for row, bounds in enumerate(_documents(query, position_ids, cu_seq_lens_q)):
-        q, k, v = query[row : row + 1], key[row : row + 1], value[row : row + 1]
+    for row, lengths in enumerate(_document_lengths(query, position_ids, cu_seq_lens_q)):
+        parts = zip(*(x[row : row + 1].split(lengths, dim=2) for x in (query, key, value)), strict=True)
         documents = [
-            _attend(
-                q[:, :, a:b],
-                k[:, :, a:b],
-                v[:, :, a:b],
-                _window(b - a, sliding_window, q),
-                True,
-                dropout,
-                scale,
-                softcap,
-            )
-            for a, b in pairwise(bounds)
+            _attend(q, k, v, _window(q.shape[2], sliding_window, q), True, dropout, scale, softcap) for q, k, v in parts
         ]
-        rows.append(torch.cat(documents, dim=2) if len(documents) > 1 else documents[0])
-    out = torch.cat(rows) if len(rows) > 1 else rows[0]
-    return out.transpose(1, 2).contiguous(), None
+        rows.append(torch.cat(documents, dim=2))
+    return torch.cat(rows).transpose(1, 2).contiguous(), None
 
 
-def _documents(query: Tensor, position_ids: Tensor | None, cu_seq_lens: Tensor | None) -> list[list[int]]:
-    """For each row, the offsets at which its documents start, and its length at the end."""
+def _document_lengths(query: Tensor, position_ids: Tensor | None, cu_seq_lens: Tensor | None) -> list[list[int]]:
+    """For each row, the lengths of its documents, in tokens."""
     batch, length = query.shape[0], query.shape[2]
     if cu_seq_lens is not None and batch == 1:
-        return [cu_seq_lens.tolist()]
+        return [cu_seq_lens.diff().tolist()]
     if position_ids is None or position_ids.shape[-1] != length:
-        return [[0, length]] * batch
+        return [[length]] * batch
     restart = position_ids.diff(dim=-1) != 1
-    rows = [[0, *(restart[i].nonzero().flatten() + 1).tolist(), length] for i in range(restart.shape[0])]
-    return rows * batch if len(rows) == 1 else rows
+    starts = [[0, *(row.nonzero().flatten() + 1).tolist(), length] for row in restart]
+    lengths = [[b - a for a, b in pairwise(row)] for row in starts]
+    return lengths * batch if len(lengths) == 1 else lengths
 
 
 def _window(length: int, window: int | None, like: Tensor) -> Tensor | None:

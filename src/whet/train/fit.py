@@ -1,4 +1,4 @@
-"""Train a model by a recipe: from rows of token ids (or preference pairs) to trained weights, resumable at any moment."""
+"""Train a model by a recipe: from rows of token ids, or preference pairs, to trained weights; resumable at any moment."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PrinterCallback
 from transformers.modeling_utils import PreTrainedModel
 
 from whet.recipe import Recipe
@@ -47,6 +47,7 @@ def fit(
         processing_class=tokenizer,
         callbacks=[stop, Metrics(run), Seals(), Bar(console)],
     )
+    trainer.remove_callback(PrinterCallback)  # the metrics go to the run, the progress to the bar
     trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     if stop.stopped and trainer.state.global_step < trainer.state.max_steps:
         raise Stopped(trainer.state.global_step)

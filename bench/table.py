@@ -1,0 +1,165 @@
+"""Make the tables of README.md, bench/*.md and docs/*.md out of bench/results/*.jsonl.
+
+    python bench/table.py            write them
+    python bench/table.py --check    exit 1 where a file differs from what its results say
+
+A table stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` and shows bench/results/NAME.jsonl, every line.
+Engines are set against each other only within one run id, on one piece of hardware, at the same work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Line = dict[str, Any]
+MARKERS = re.compile(r"<!-- bench:(?P<name>[\w-]+) -->\n.*?<!-- /bench:(?P=name) -->", re.DOTALL)
+OPENING = re.compile(r"<!-- bench:[\w-]+ -->")
+BASELINE = "hf"  # what the others are set against
+NAMED = ("torch", "transformers", "trl", "peft", "bitsandbytes")
+
+
+def read(path: Path) -> list[Line]:
+    """The results in a file. Raises ValueError naming the line that is not JSON."""
+    lines = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            lines.append(json.loads(text))
+        except ValueError as error:
+            raise ValueError(f"{path.name}:{number}: {error}") from None
+    return lines
+
+
+def render(lines: list[Line]) -> str:
+    """A Markdown table of results, all of one kind."""
+    kinds = {line["kind"] for line in lines}
+    if len(kinds) != 1:
+        raise ValueError(f"one table holds one kind of result, not {', '.join(sorted(kinds)) or 'none'}")
+    columns, row = KINDS[kinds.pop()]
+    table = [columns, ["---"] * len(columns), *(row(line, lines) for line in lines)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+
+
+def finetune_row(line: Line, lines: list[Line]) -> list[str]:
+    peak = line["peak_allocated_gib"]
+    return [
+        work(line["work"]),
+        line["engine"],
+        f"{line['real_tok_s']:,.0f}",
+        against_baseline(line, lines),
+        f"{line['step_s']['median']:.3g} ({line['step_s']['min']:.3g} to {line['step_s']['max']:.3g})",
+        f"{line['peak_host_gib']:.2f} (host)" if peak is None else f"{peak:.2f}",
+        f"{line['load_s']:.1f}",
+        *where(line),
+    ]
+
+
+def work(work: Line) -> str:
+    """What was done, in words: the model, what trains, rows, recomputation."""
+    trained = "full" if work["full"] else f"{'QLoRA' if work['bits'] == 4 else 'LoRA'} r={work['r']}"
+    rows = f"{work['bs']}x{work['ga']} rows of {'up to ' if work['mixed'] else ''}{work['seq']}"
+    recompute = {"on": "least memory", "true": "recomputing", "off": "keeping all"}[work["gc"]]
+    return ", ".join([work["model"], trained, rows + (" packed" if work["packing"] else ""), recompute])
+
+
+def against_baseline(line: Line, lines: list[Line]) -> str:
+    """Tokens a second as a multiple of the baseline's, or a dash where no baseline may be compared."""
+    # packing is an engine's own way through the same rows
+    same = [
+        other
+        for other in lines
+        if other["engine"] == BASELINE
+        and line["run_id"] is not None
+        and (other["run_id"], other["hardware"]) == (line["run_id"], line["hardware"])
+        and {**other["work"], "packing": None} == {**line["work"], "packing": None}
+    ]
+    return f"{line['real_tok_s'] / same[0]['real_tok_s']:.2f}x" if len(same) == 1 else "-"
+
+
+def parity_row(line: Line, lines: list[Line]) -> list[str]:
+    def cell(part: str) -> str:
+        peer = line.get("plain")
+        return f"{line['whet'][part]:.1e}" + (f" (plain: {peer[part]:.1e})" if peer else "")
+
+    return [line["family"], line["base"], line["against"], *map(cell, ("loss", "logits", "gradients")), *where(line)]
+
+
+def where(line: Line) -> list[str]:
+    """Hardware, versions (with whet's commit) and date."""
+    versions = [f"{name} {line['versions'][name]}" for name in NAMED if name in line["versions"]]
+    for name in ("whet", "liger-kernel", "unsloth"):
+        if name in line["versions"]:
+            versions.insert(0, f"{name} {line['versions'][name]}")
+    if line["commit"]:
+        versions.append(f"commit {line['commit']}{' with changes' if line['dirty'] else ''}")
+    return [line["hardware"], ", ".join(versions), line["date"][:10]]
+
+
+Row = Callable[[Line, list[Line]], list[str]]
+ORIGIN = ["hardware", "versions", "date"]
+KINDS: dict[str, tuple[list[str], Row]] = {
+    "finetune": (
+        [
+            "work",
+            "engine",
+            "tokens/s",
+            f"against {BASELINE}",
+            "s a step (least to most)",
+            "peak GiB",
+            "load s",
+            *ORIGIN,
+        ],
+        finetune_row,
+    ),
+    "parity": (["family", "base", "against", "loss", "logits", "gradients", *ORIGIN], parity_row),
+}
+
+
+def fill(text: str, results: Path) -> str:
+    """`text` with every table made anew. Raises ValueError for a marker without an end or without results."""
+    found = len(MARKERS.findall(text))
+    if found != len(OPENING.findall(text)):
+        raise ValueError("a <!-- bench:NAME --> has no <!-- /bench:NAME --> after it")
+
+    def table(match: re.Match[str]) -> str:
+        name = match["name"]
+        path = results / f"{name}.jsonl"
+        if not path.is_file():
+            raise ValueError(f"there is no {path.name} for the table bench:{name}")
+        return f"<!-- bench:{name} -->\n{render(read(path))}\n<!-- /bench:{name} -->"
+
+    return MARKERS.sub(table, text)
+
+
+def documents(root: Path) -> list[Path]:
+    found = [root / "README.md", *sorted(root.glob("bench/*.md")), *sorted(root.glob("docs/**/*.md"))]
+    return [path for path in found if path.is_file()]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a table is out of date")
+    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parents[1], help="the repository")
+    args = parser.parse_args()
+    outdated = 0
+    for path in documents(args.root):
+        text = path.read_text(encoding="utf-8")
+        try:
+            filled = fill(text, args.root / "bench" / "results")
+        except ValueError as error:
+            sys.exit(f"{path.relative_to(args.root)}: {error}")
+        if filled != text and args.check:
+            print(f"{path.relative_to(args.root)} is out of date: run python bench/table.py", file=sys.stderr)
+            outdated += 1
+        elif filled != text:
+            path.write_text(filled, encoding="utf-8")
+    return 1 if outdated else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""bench/table.py: tables follow from results, and a table that does not is found."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+WORK = {
+    "model": "8b",
+    "bs": 2,
+    "ga": 4,
+    "seq": 2048,
+    "steps": 10,
+    "warm": 3,
+    "gc": "on",
+    "bits": 4,
+    "r": 16,
+    "full": False,
+    "mixed": False,
+    "packing": False,
+}
+
+
+def line(engine: str, tok_s: float, **changes: Any) -> dict[str, Any]:
+    return {
+        "kind": "finetune",
+        "run_id": "one",
+        "engine": engine,
+        "work": WORK,
+        "tok_s": tok_s,
+        "real_tok_s": tok_s,
+        "step_s": {"median": 1.5, "min": 1.4, "max": 1.7},
+        "load_s": 4.0,
+        "peak_allocated_gib": 6.77,
+        "peak_host_gib": 3.0,
+        "hardware": "GPU A",
+        "versions": {"torch": "2.11.0", "transformers": "5.17.0"},
+        "commit": "abc",
+        "dirty": False,
+        "date": "2026-11-25T00:00:00+00:00",
+    } | changes
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    (tmp_path / "README.md").write_text("Before.\n\n<!-- bench:qlora -->\nold\n<!-- /bench:qlora -->\n\nAfter.\n")
+    return tmp_path
+
+
+def write(repository: Path, *lines: dict[str, Any]) -> None:
+    text = "".join(json.dumps(one) + "\n" for one in lines)
+    (repository / "bench" / "results" / "qlora.jsonl").write_text(text)
+
+
+def table(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "bench" / "table.py"), "--root", str(repository), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def cells(repository: Path) -> list[list[str]]:
+    rows = [row for row in (repository / "README.md").read_text().splitlines() if row.startswith("| 8b")]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_a_table_is_written_once(repository: Path) -> None:
+    """Catches a table that grows, or eats the text around it, when it is made again."""
+    write(repository, line("hf", 5850.0), line("whet", 11700.0))
+    assert table(repository).returncode == 0
+    text = (repository / "README.md").read_text()
+    assert text.startswith("Before.\n\n<!-- bench:qlora -->\n| work |")
+    assert text.endswith("|\n<!-- /bench:qlora -->\n\nAfter.\n")
+    assert table(repository).returncode == 0
+    assert (repository / "README.md").read_text() == text
+
+
+def test_every_row_says_where_it_comes_from(repository: Path) -> None:
+    write(repository, line("whet", 11700.0, dirty=True, versions={"torch": "2.11.0", "whet": "0.1.0"}))
+    table(repository)
+    assert cells(repository) == [
+        [
+            *(
+                "8b, QLoRA r=16, 2x4 rows of 2048, least memory",
+                "whet",
+                "11,700",
+                "-",
+                "1.5 (1.4 to 1.7)",
+                "6.77",
+                "4.0",
+            ),
+            *("GPU A", "whet 0.1.0, torch 2.11.0, commit abc with changes", "2026-11-25"),
+        ]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "against"),
+    [
+        ({}, "2.00x"),
+        ({"work": WORK | {"packing": True}}, "2.00x"),
+        ({"run_id": "two"}, "-"),
+        ({"run_id": None}, "-"),
+        ({"hardware": "GPU B"}, "-"),
+        ({"work": WORK | {"gc": "off"}}, "-"),
+    ],
+)
+def test_only_like_is_set_against_like(repository: Path, changes: dict[str, Any], against: str) -> None:
+    """Catches a speed-up over a figure from another machine, another run or other work."""
+    write(repository, line("hf", 5850.0), line("whet", 11700.0, **changes))
+    table(repository)
+    assert cells(repository)[1][3] == against
+
+
+def test_check_finds_a_table_that_is_out_of_date(repository: Path) -> None:
+    """Catches a figure typed by hand. Nothing is written."""
+    write(repository, line("whet", 11700.0))
+    table(repository)
+    assert table(repository, "--check").returncode == 0
+    edited = (repository / "README.md").read_text().replace("11,700", "99,999")
+    (repository / "README.md").write_text(edited)
+    done = table(repository, "--check")
+    assert done.returncode == 1
+    assert "README.md is out of date" in done.stderr
+    assert (repository / "README.md").read_text() == edited
+
+
+@pytest.mark.parametrize(
+    ("readme", "results", "message"),
+    [
+        ("<!-- bench:none -->\n<!-- /bench:none -->\n", None, "there is no none.jsonl"),
+        ("<!-- bench:qlora -->\n", None, "has no <!-- /bench:NAME -->"),
+        (None, "{", "qlora.jsonl:1:"),
+        (None, '{"kind": "finetune"}\n{"kind": "parity"}\n', "one kind of result"),
+        (None, "", "one kind of result"),
+    ],
+)
+def test_faults_are_named(repository: Path, readme: str | None, results: str | None, message: str) -> None:
+    """Catches a check that passes because it could not read."""
+    write(repository, line("whet", 1.0))
+    if readme is not None:
+        (repository / "README.md").write_text(readme)
+    if results is not None:
+        (repository / "bench" / "results" / "qlora.jsonl").write_text(results)
+    done = table(repository, "--check")
+    assert done.returncode == 1
+    assert "README.md" in done.stderr
+    assert message in done.stderr
+
+
+def test_the_tables_of_this_repository_are_up_to_date() -> None:
+    done = table(ROOT, "--check")
+    assert done.returncode == 0, done.stderr
