@@ -24,6 +24,7 @@ from whet.export import llama_cpp
 
 NEEDED = 0.95
 MAX_NEW_TOKENS = 8
+SHOWN = 10
 console = Console(highlight=False)
 
 
@@ -39,7 +40,8 @@ def main(run: Path) -> int:
     model, tokenizer = FastLanguageModel.from_pretrained(str(run / "export" / "merged"), load_in_4bit=False)
     answers = {"whet": generate(model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS)}
     for gguf in sorted((run / "export").glob("*.gguf")):
-        generations = llama_cpp.generate(gguf, prompts, max_new_tokens=MAX_NEW_TOKENS)
+        # one thread: a model this small spends more on keeping two in step
+        generations = llama_cpp.generate(gguf, prompts, max_new_tokens=MAX_NEW_TOKENS, threads=1)
         answers[gguf.stem.removeprefix("model-")] = [generation.text.strip() for generation in generations]
 
     references = [question.reference for question in questions]
@@ -48,8 +50,10 @@ def main(run: Path) -> int:
     (run / "llama_cpp.jsonl").write_text(text, encoding="utf-8")
 
     table = Table("entry", "its package", *answers, title="held-out answers: whet (merged) and llama.cpp (GGUF)")
-    for prompt, reference, line in list(zip(prompts, references, lines, strict=True))[:8]:
-        table.add_row(prompt.split("\n")[3][:48], reference, *line.values())
+    shown = list(zip(prompts, references, lines, strict=True))
+    for prompt, reference, line in shown[:: max(1, len(shown) // SHOWN)]:
+        signature = prompt.split("\n")[3]
+        table.add_row(signature.partition("(")[0], reference, *line.values())
     console.print(table)
     agreement = {name: exact_match(given, answers["whet"]) for name, given in answers.items() if name != "whet"}
     for name, given in answers.items():

@@ -69,7 +69,7 @@ def main(out: Path) -> None:
     for side, lines in sides.items():
         (out / f"{side}.jsonl").write_text("".join(lines), encoding="utf-8")
     print(
-        f"{len(sides['train'])} training rows and {len(sides['heldout'])} held-out rows of {len(PACKAGES)} packages in {out}"
+        f"{len(sides['train'])} training and {len(sides['heldout'])} held-out rows of {len(PACKAGES)} packages in {out}"
     )
 
 

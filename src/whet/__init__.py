@@ -32,13 +32,15 @@ _HOME = {
     },
 }
 
+_RENAMED = {"standardize_sharegpt": "standardize_data_formats", "FastModel": "FastLanguageModel"}
+
 __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'whet' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    return getattr(import_module(_HOME[name]), _RENAMED.get(name, name))
 
 
 def __dir__() -> list[str]:

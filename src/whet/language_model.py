@@ -112,7 +112,7 @@ class FastLanguageModel:
         """Freeze the base and put a LoRA adapter of rank `r` on `target_modules` (names, or "all-linear").
 
         The adapter is held in fp32 and starts as zero change; A is drawn with `random_state`.
-        `options` are further fields of `peft.LoraConfig`. Raises WhetError for a rank, layer or switch that can't be had.
+        `options` are further fields of `peft.LoraConfig`. Raises WhetError for a rank, layer or switch at fault.
         """
         if (
             not (finetune_language_layers and finetune_attention_modules and finetune_mlp_modules)
@@ -173,7 +173,7 @@ def save_pretrained_merged(
     base: str = "dequantized",
     **kwargs: Any,
 ) -> None:
-    """Write the model with its adapter merged in: save_method "merged_16bit", "merged_4bit", or the adapter alone: "lora".
+    """Write the model with its adapter merged in ("merged_16bit", "merged_4bit"), or the adapter alone ("lora").
 
     base: what the adapter is added to when the base is held in 4 or 8 bits. "dequantized" is what training saw;
     "original" reads the 16-bit weights from the model's source again.
@@ -229,6 +229,3 @@ def _set_checkpointing(model: PreTrainedModel | PeftModel, value: bool | str) ->
 
 def _recomputes(base: PreTrainedModel) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
-
-
-FastModel = FastLanguageModel

@@ -10,17 +10,18 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from peft import PeftModel
 from rich.console import Console
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedTokenizerBase
-from transformers.modeling_utils import PreTrainedModel
 
 from whet.data.prepare import Question
 from whet.files import write_text
+
+Model: TypeAlias = Any
+"""A transformers model, or one in a PeftModel: torch types their attributes as tensors, so no stricter type holds."""
 
 LOGITS_AT_ONCE = 2**27
 """Logits held at a time, in numbers: half a GiB in fp32."""
@@ -52,12 +53,12 @@ class Comparison:
 
 
 def compare(
-    model: PreTrainedModel | PeftModel,
+    model: Model,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[dict[str, list[int]]],
     questions: Sequence[Question],
     *,
-    base: Callable[[], PreTrainedModel] | None,
+    base: Callable[[], Model] | None,
     max_new_tokens: int,
     batch: int,
     console: Console,
@@ -65,7 +66,7 @@ def compare(
     """Score `model`, then its base: the model `base` loads, or where that is None the model with its adapter off."""
     scores, answers = {}, {}
 
-    def score(name: str, chosen: PreTrainedModel) -> None:
+    def score(name: str, chosen: Model) -> None:
         scores[name] = {"loss": mean_loss(chosen, rows)}
         with console.status(f"{name}: answering {len(questions)} held-out questions"):
             prompts = [question.prompt for question in questions]
@@ -83,7 +84,7 @@ def compare(
 
 
 @torch.no_grad()
-def mean_loss(model: PreTrainedModel, rows: Iterable[dict[str, list[int]]]) -> float:
+def mean_loss(model: Model, rows: Iterable[dict[str, list[int]]]) -> float:
     """Mean loss over the label tokens of `rows`, each with input_ids and labels (-100 carries no loss) [T]."""
     model.eval()
     total, count = 0.0, 0
@@ -118,7 +119,7 @@ def _batches(rows: Sequence[dict[str, list[int]]], vocabulary: int) -> Iterable[
 
 @torch.no_grad()
 def generate(
-    model: PreTrainedModel,
+    model: Model,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     *,
@@ -129,7 +130,7 @@ def generate(
     model.eval()
     ends = model.generation_config.eos_token_id
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
-    config = GenerationConfig(
+    config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False,
         max_new_tokens=max_new_tokens,
         eos_token_id=sorted(ends),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from whet.export.gguf import write_gguf
 from whet.export.merge import save_merged
 from whet.files import refused_when_full
 
+log = logging.getLogger("whet")
+
 
 def save_gguf(
     model: PreTrainedModel | PeftModel,
@@ -26,7 +29,7 @@ def save_gguf(
 ) -> list[Path]:
     """Write `folder/model-TYPE.gguf` for each type, and return the paths.
 
-    The merge is rounded to 16 bits first, as `merged_16bit` is, so that both hold the same weights; only "f32" keeps fp32.
+    The merge is rounded to 16 bits first, as `merged_16bit` is, so that both hold the same weights; "f32" keeps fp32.
     """
     paths = [folder / f"model-{name}.gguf" for name in quantizations]
     with (
@@ -40,7 +43,11 @@ def save_gguf(
                 merged[dtype] = Path(scratch) / str(dtype)
                 save_merged(model, merged[dtype], tokenizer, method="merged_16bit", base=base, dtype=dtype)
             folder.mkdir(parents=True, exist_ok=True)
-            write_gguf(merged[dtype], path, name)
+            report = write_gguf(merged[dtype], path, name)
+            for tensor, kept in report.fallbacks.items():
+                log.warning("%s: %s is held as %s", path.name, tensor, kept)
+            for note in report.notes:
+                log.warning("%s: %s", path.name, note)
     return paths
 
 

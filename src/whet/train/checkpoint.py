@@ -1,8 +1,8 @@
 """Checkpoints that can be trusted: a checkpoint counts only once it is sealed, and only while its seal holds.
 
 The trainer writes a checkpoint's files one after another, and a crash may leave some of them. A sealed checkpoint holds
-`sealed.json`, written last, with the SHA-256 of every file; one without it, or with a file that does not match, is never
-resumed from.
+`sealed.json`, written last, with the SHA-256 of every file; one without it, or with a file that does not match, is
+never resumed from.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Train a model by a recipe: from rows of token ids, or preference pairs, to trained weights; resumable at any moment."""
+"""Train a model by a recipe: from rows of token ids, or preference pairs, to trained weights, resumable any time."""
 
 from __future__ import annotations
 
