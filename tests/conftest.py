@@ -11,6 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tests.network import no_connections  # noqa: F401 (a fixture of every test)
+
 torch.set_num_threads(1)  # tiny models: threads would only wait for each other, and for other test processes
 
 CHATML = (

@@ -55,12 +55,13 @@ def run(
     if dry_run:
         pipeline.dry_run(checked, recipe.parent, console)
         return
+    command = f"whet run {recipe}" + ("" if runs == Path("runs") else f" --runs {runs}")
     try:
         done = pipeline.run_recipe(checked, recipe.parent, runs, console)
-    except Stopped as stop:
-        console.print(f"stopped after step {stop.step}; to go on: whet run {escape(str(recipe))}")
+    except (Stopped, KeyboardInterrupt) as stop:
+        errors.print(f"{escape(str(stop) or 'stopped')}; to go on: {escape(command)}", soft_wrap=True)
         raise typer.Exit(130) from None
-    console.print(f"[bold]done[/] {escape(str(done.folder))}")
+    console.print(f"[bold]done[/] {escape(str(done.folder))}", soft_wrap=True)
 
 
 @app.command()
@@ -100,9 +101,6 @@ def _messages() -> Iterator[None]:
             if fault.fix:
                 errors.print(f"  [green]fix[/] {escape(fault.fix)}", soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        errors.print("stopped; run the same command to go on")
-        sys.exit(130)
 
 
 def _quiet_libraries() -> None:
@@ -110,7 +108,8 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for name in ("bitsandbytes", "trl", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     import datasets
     import transformers
 

@@ -12,16 +12,22 @@ from pathlib import Path
 
 from whet.errors import WhetError
 
+FULL = {errno.ENOSPC: "it is full", errno.EDQUOT: "your quota is used up", errno.EFBIG: "the limit on a file's size"}
+FULL_SIGNS = ("No space left on device", "Disk quota exceeded", "File too large", "file write failed")
+
 
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` in one step: a reader, or a crash, sees the old content or the new, never a part."""
     partial = path.with_name(path.name + ".partial")
     with refused_when_full(path):
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        try:
+            with open(partial, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -53,24 +59,29 @@ def staged_folder(final: Path) -> Iterator[Path]:
 
 @contextmanager
 def refused_when_full(path: Path) -> Iterator[None]:
-    """Turn "no space left" and "not allowed" from the operating system into an error that names the place."""
+    """Turn the operating system's refusals to write (no space, not allowed) into an error that names the place."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise WhetError(
-                "no space left on the disk", where=str(path), fix="free some space or write elsewhere, then run again"
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise WhetError("not allowed to write here", where=str(path), fix="write to a folder you own") from error
+    except WhetError:
         raise
     except Exception as error:
-        # safetensors reports a full disk in an error of its own
-        if "No space left on device" in str(error):
-            raise WhetError(
-                "no space left on the disk", where=str(path), fix="free some space or write elsewhere, then run again"
-            ) from error
-        raise
+        if (refusal := _refusal(error, path)) is None:
+            raise
+        raise refusal from error
+
+
+def _refusal(error: Exception, path: Path) -> WhetError | None:
+    code = error.errno if isinstance(error, OSError) else None
+    # safetensors, tokenizers and torch report a disk that is full in errors of their own
+    if code in FULL or any(sign in str(error) for sign in FULL_SIGNS):
+        fix = "free some space or write elsewhere, then run again"
+        return WhetError(f"no space left on the disk ({FULL.get(code, error)})", where=str(path), fix=fix)
+    if code in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return WhetError("not allowed to write here", where=str(path), fix="write to a folder you own")
+    if code in (errno.ENOTDIR, errno.EEXIST):
+        name = getattr(error, "filename", None) or path
+        return WhetError("a file stands where a folder is to be", where=str(name), fix="give the name of a folder")
+    return None
 
 
 def sha256(path: Path) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from datasets import load_from_disk
 from rich.console import Console
+from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
 from whet import recipe as recipes
@@ -20,10 +21,10 @@ from whet.data.formats import Source
 from whet.data.prepare import Prepared, prepare, read_questions, read_sides
 from whet.data.template import Tokenized, preview
 from whet.evals.heldout import compare
-from whet.export.gguf_model import save_gguf
+from whet.export.gguf_model import check_convertible, save_gguf
 from whet.export.merge import save_merged
 from whet.files import write_text
-from whet.recipe_model import load_base, load_for_training, load_tuned, tokenizer_of
+from whet.recipe_model import config_of, load_base, load_for_training, load_tuned, tokenizer_of
 from whet.runs.plots import plot_loss
 from whet.runs.store import Run
 from whet.train.fit import fit
@@ -36,7 +37,8 @@ def run_recipe(recipe: recipes.Recipe, base: Path, root: Path, console: Console)
     """Do all that `recipe` says, from where an earlier call stopped. Its paths start at `base`; runs lie in `root`."""
     run = Run.open(recipe, base, root)
     try:
-        console.print(f"[bold]{recipe.name}[/] in {run.folder}")
+        console.print(f"[bold]{recipe.name}[/] in {escape(str(run.folder))}", soft_wrap=True)
+        check_export(recipe)
         _stage(run, console, "data", lambda folder: make_data(recipe, base, folder))
         _stage(run, console, "trained", lambda folder: train(run, folder, console))
         if recipe.eval:
@@ -49,6 +51,7 @@ def run_recipe(recipe: recipes.Recipe, base: Path, root: Path, console: Console)
 
 def dry_run(recipe: recipes.Recipe, base: Path, console: Console) -> None:
     """Read the data, tokenize it and show the first row as the model will see it; write and train nothing."""
+    check_export(recipe)
     prepared, tokenizer = _prepare(recipe, base)
     _show(console, "data", prepared.summary)
     if recipe.train.method == "sft":
@@ -56,6 +59,12 @@ def dry_run(recipe: recipes.Recipe, base: Path, console: Console) -> None:
         console.print(preview(tokenizer, Tokenized(first["input_ids"], first["labels"], truncated=False)))
     tokens = recipe.rows_per_step * recipe.model.max_seq_length
     console.print(f"[green]{'train':<8}[/]{recipe.train.method}, {tokens} tokens a step; nothing was written")
+
+
+def check_export(recipe: recipes.Recipe) -> None:
+    """Refuse what can't be exported before it is trained."""
+    if recipe.export.gguf:
+        check_convertible(config_of(recipe.model), tokenizer_of(recipe.model))
 
 
 def _stage(run: Run, console: Console, name: str, work: Callable[[Path], Summary]) -> None:

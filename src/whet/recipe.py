@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ GGUFType = Literal["f32", "f16", "bf16", "q8_0", "q4_k_m"]
 class Part(BaseModel):
     """A section of the recipe: frozen, and closed to keys it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Model(Part):
@@ -49,9 +50,18 @@ class Adapter(Part):
 
 
 class Source(Part):
-    path: str = Field(description="File or glob, relative to the recipe: .jsonl, .parquet, .csv, .tsv, .txt, .md.")
+    path: str = Field(
+        pattern=r"^[^\x00]+$",
+        description="File or glob, relative to the recipe: .jsonl, .parquet, .csv, .tsv, .txt, .md.",
+    )
     format: Format = Field("auto", description="Shape of a row; `auto` looks at the first one.")
     columns: dict[str, str] = Field(default_factory=dict, description="Names the format expects -> names the file has.")
+
+    def files(self, base: Path) -> list[Path]:
+        """The files that match, sorted; `path` starts at `base`. A name that exists is meant literally."""
+        pattern = os.path.join(base, os.path.expanduser(self.path))
+        found = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
+        return sorted(Path(name) for name in found if os.path.isfile(name))
 
 
 class Split(Part):
@@ -119,7 +129,7 @@ class Recipe(Part):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
         description="Name of the run, of letters, digits, and . _ -; its folder starts with it.",
     )
-    seed: int = Field(3407, ge=0, description="Seeds the adapter, the order of the rows and dropout.")
+    seed: int = Field(3407, ge=0, lt=2**32, description="Seeds the adapter, the order of the rows and dropout.")
     model: Model = Field(description="What to start from.")
     adapter: Adapter | None = Field(default_factory=Adapter, description="LoRA adapter; null trains every weight.")
     data: Data = Field(description="What to learn from.")
@@ -181,7 +191,7 @@ def _missing_sources(recipe: Recipe, document: Document) -> list[WhetError]:
     errors = []
     for key, sources in (("sources", recipe.data.sources), ("eval_sources", recipe.data.eval_sources)):
         for i, source in enumerate(sources):
-            if not glob.glob(str(folder / source.path), recursive=True):
+            if not source.files(folder):
                 where = document.where(("data", key, i, "path"))
                 fix = f"paths start at {folder.absolute()}"
                 errors.append(WhetError(f"no file matches {source.path!r}", where=where, fix=fix))

@@ -37,17 +37,20 @@ def read_yaml(path: Path) -> Document:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
+        lines: dict[Loc, int] = {}
+        repeated = list(_walk(node, (), lines, path))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
         problem = getattr(error, "problem", None) or "not readable"
         fix = "check the indentation and quotes on this line"
         raise WhetError(f"not valid YAML: {problem}", where=where, fix=fix) from None
+    except (ValueError, RecursionError) as error:  # a date such as 2001-99-99; a mapping inside itself
+        fix = "put the value in quotes, and let no section contain itself"
+        raise WhetError(f"a value that YAML cannot read: {error}", where=str(path), fix=fix) from None
     if not isinstance(node, yaml.MappingNode):
         fix = "start with `name:`, `model:` and `data:`"
         raise WhetError("a recipe is a mapping of sections", where=str(path), fix=fix)
-    lines: dict[Loc, int] = {}
-    repeated = list(_walk(node, (), lines, path))
     if repeated:
         raise WhetErrors(repeated)
     return Document(path, values, lines)
@@ -68,7 +71,7 @@ def _read(path: Path) -> str:
         raise WhetError("not allowed to read this file", where=str(path), fix="check its permissions") from None
 
 
-def _walk(node: yaml.Node, loc: Loc, lines: dict[Loc, int], path: Path) -> Iterator[WhetError]:
+def _walk(node: yaml.Node | None, loc: Loc, lines: dict[Loc, int], path: Path) -> Iterator[WhetError]:
     """Record the lines under a node; yields an error for each repeated key, of which YAML would drop one in silence."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
@@ -90,6 +93,9 @@ def explain(fault: Any, root: type[BaseModel], document: Document) -> WhetError:
     match fault["type"]:
         case "extra_forbidden":
             return WhetError("unknown key", where=where, fix=_nearest(str(loc[-1]), list(_fields(loc[:-1], root))))
+        case "model_type":
+            keys = ", ".join(section.model_fields) if (section := section_at(loc, root)) else ""
+            return WhetError(f"this is a section of keys, not {given!r}", where=where, fix=f"use the keys {keys}")
         case "missing":
             return WhetError("this key is required", where=where, fix=f"{loc[-1]}: {_help(loc, root)}")
         case "literal_error":
@@ -129,13 +135,19 @@ def _help(loc: Loc, root: type[BaseModel]) -> str:
 
 def _fields(loc: Loc, root: type[BaseModel]) -> dict[str, FieldInfo]:
     """The fields of the section that a location leads to."""
+    section = section_at(loc, root)
+    return section.model_fields if section else {}
+
+
+def section_at(loc: Loc, root: type[BaseModel]) -> type[BaseModel] | None:
+    """The section that a location leads to; None for a plain value."""
     section: type[BaseModel] | None = root
     for part in loc:
         if section is None or isinstance(part, int):
             continue
         field = section.model_fields.get(part)
         section = section_of(field.annotation) if field else None
-    return section.model_fields if section else {}
+    return section
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_utils import PreTrainedModel
 
 from whet.data.chat_templates import get_chat_template
 from whet.language_model import FastLanguageModel
-from whet.models.load import load_tokenizer
+from whet.models.load import load_config, load_tokenizer
 from whet.recipe import Model, Recipe
+
+
+def config_of(model: Model) -> PretrainedConfig:
+    return load_config(model.base)
 
 
 def tokenizer_of(model: Model) -> PreTrainedTokenizerBase:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -68,8 +69,9 @@ def compare(
 
     def score(name: str, chosen: Model) -> None:
         scores[name] = {"loss": mean_loss(chosen, rows)}
-        with console.status(f"{name}: answering {len(questions)} held-out questions"):
-            prompts = [question.prompt for question in questions]
+        prompts = [question.prompt for question in questions]
+        shown = console.status(f"{name}: answering {len(questions)} held-out questions")
+        with shown if console.is_terminal else nullcontext():
             answers[name] = generate(chosen, tokenizer, prompts, max_new_tokens=max_new_tokens, batch=batch)
         if questions:
             scores[name]["exact match"] = exact_match(answers[name], [question.reference for question in questions])

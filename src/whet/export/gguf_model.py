@@ -9,10 +9,13 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_utils import PreTrainedModel
 
+from whet.errors import WhetError
 from whet.export.gguf import write_gguf
+from whet.export.gguf_llama import read_config
+from whet.export.gguf_tokenizer import read_tokenizer
 from whet.export.merge import save_merged
 from whet.files import refused_when_full
 
@@ -49,6 +52,19 @@ def save_gguf(
             for note in report.notes:
                 log.warning("%s: %s", path.name, note)
     return paths
+
+
+def check_convertible(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises WhetError for an architecture or a tokenizer that GGUF cannot hold, before anything is trained."""
+    with tempfile.TemporaryDirectory(prefix="whet-") as scratch:
+        folder = Path(scratch)
+        plain = {key: value for key, value in config.to_dict().items() if key != "quantization_config"}
+        type(config).from_dict(plain).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        try:
+            read_tokenizer(folder, read_config(folder).vocab)
+        except WhetError as error:
+            raise WhetError(error.what, where=f"export.gguf, {config._name_or_path}", fix=error.fix) from error
 
 
 def _existing_parent(folder: Path) -> Path:

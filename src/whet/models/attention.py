@@ -12,7 +12,9 @@ Shapes: query [B, H, T, d]; key, value [B, G, S, d] with H a multiple of G; outp
 
 from __future__ import annotations
 
-from itertools import pairwise
+from dataclasses import dataclass
+from functools import cached_property, partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -31,12 +33,28 @@ def register() -> str:
     return NAME
 
 
-def varlen_mask(*args: Any, q_length: int, kv_length: int, attention_mask: Tensor | None = None, **kwargs: Any):
-    """None where the function finds the documents itself; a boolean mask where tokens are padded or cached."""
-    if attention_mask is None and q_length == kv_length:
+def varlen_mask(
+    *args: Any,
+    q_length: int,
+    kv_length: int,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
+    **kwargs: Any,
+) -> Tensor | None:
+    """None where the function finds the documents itself; a boolean mask where tokens are padded or cached, or where a
+    model brings a mask function of its own (which is what `use_vmap` stands for)."""
+    if attention_mask is None and q_length == kv_length and not use_vmap:
         return None
-    kwargs["allow_is_causal_skip"] = False
-    return sdpa_mask(*args, q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **kwargs)
+    return sdpa_mask(
+        *args,
+        q_length=q_length,
+        kv_length=kv_length,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=allow_is_causal_skip and q_length in (1, kv_length),
+        use_vmap=use_vmap,
+        **kwargs,
+    )
 
 
 def varlen_attention(
@@ -51,45 +69,102 @@ def varlen_attention(
     softcap: float | None = None,
     position_ids: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention, document by document. Takes the arguments that transformers' attention functions take."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value)) if groups > 1 else (key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if attention_mask is not None:
-        out = _attend(query, key, value, attention_mask, False, dropout, scale, softcap)
-        return out.transpose(1, 2).contiguous(), None
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    # One new token, or a model that looks both ways, sees all the keys there are.
+    whole = attention_mask is not None or not causal or query.shape[2] != key.shape[2]
+    documents = None if whole else _documents(query, position_ids, cu_seq_lens_q, max_length_q)
+    if documents is not None and _flash_takes(query, dropout, softcap):
+        return _flash(query, key, value, documents, scale, sliding_window), None
 
-    # `split` rather than slices: its backward joins the parts once, where each slice's fills a whole gradient
-    rows = []
-    for row, lengths in enumerate(_document_lengths(query, position_ids, cu_seq_lens_q)):
-        parts = zip(*(x[row : row + 1].split(lengths, dim=2) for x in (query, key, value)), strict=True)
-        documents = [
-            _attend(q, k, v, _window(q.shape[2], sliding_window, q), True, dropout, scale, softcap) for q, k, v in parts
-        ]
-        rows.append(torch.cat(documents, dim=2))
-    return torch.cat(rows).transpose(1, 2).contiguous(), None
+    groups = query.shape[1] // key.shape[1]
+    # On a GPU the kernels without a mask read each key for its group of queries; the others need it repeated.
+    if groups > 1 and not (query.is_cuda and attention_mask is None and sliding_window is None and softcap is None):
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    attend = partial(_attend, dropout=dropout, scale=scale, softcap=softcap)
+    if whole:
+        out = attend(query, key, value, attention_mask, causal=False)
+    elif documents is None:
+        out = attend(query, key, value, _window(query, sliding_window), causal=True)
+    else:
+        # `split` rather than slices: its backward joins the parts once, where each slice's fills a whole gradient
+        flat = (x.transpose(0, 1).flatten(1, 2)[None].split(documents.lengths, dim=2) for x in (query, key, value))
+        parts = [attend(q, k, v, _window(q, sliding_window), causal=True) for q, k, v in zip(*flat, strict=True)]
+        out = torch.cat(parts, dim=2)[0].unflatten(1, (query.shape[0], query.shape[2])).transpose(0, 1)
+    return out.transpose(1, 2).contiguous(), None
 
 
-def _document_lengths(query: Tensor, position_ids: Tensor | None, cu_seq_lens: Tensor | None) -> list[list[int]]:
-    """For each row, the lengths of its documents, in tokens."""
+@dataclass
+class _Documents:
+    """Where documents begin in all rows put one after another: cu_seq_lens [N + 1], int32; longest in tokens."""
+
+    cu_seq_lens: Tensor
+    longest: int
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        return self.cu_seq_lens.diff().tolist()
+
+
+def _documents(
+    query: Tensor, position_ids: Tensor | None, cu_seq_lens: Tensor | None, longest: int | None
+) -> _Documents | None:
+    """The documents of a packed batch; None where each row is one document.
+
+    Found once a batch and kept on the batch's own tensor, since every layer asks and a GPU is waited for at each look.
+    """
     batch, length = query.shape[0], query.shape[2]
-    if cu_seq_lens is not None and batch == 1:
-        return [cu_seq_lens.diff().tolist()]
-    if position_ids is None or position_ids.shape[-1] != length:
-        return [[length]] * batch
-    restart = position_ids.diff(dim=-1) != 1
-    starts = [[0, *(row.nonzero().flatten() + 1).tolist(), length] for row in restart]
-    lengths = [[b - a for a, b in pairwise(row)] for row in starts]
-    return lengths * batch if len(lengths) == 1 else lengths
+    source = cu_seq_lens if cu_seq_lens is not None and batch == 1 else position_ids
+    if source is None or (source is position_ids and source.shape[-1] != length):
+        return None
+    if not hasattr(source, "_whet_documents"):
+        source._whet_documents = _find(source, batch, longest, packed=source is cu_seq_lens)
+    return source._whet_documents
 
 
-def _window(length: int, window: int | None, like: Tensor) -> Tensor | None:
+def _find(source: Tensor, batch: int, longest: int | None, *, packed: bool) -> _Documents | None:
+    if packed:
+        cu_seq_lens = source.to(torch.int32)
+    else:
+        first = torch.ones(source.shape[0], 1, dtype=torch.bool, device=source.device)
+        starts = torch.cat([first, source.diff(dim=-1) != 1], dim=-1).expand(batch, -1).flatten()
+        bounds = [starts.nonzero().flatten(), torch.tensor([starts.numel()], device=source.device)]
+        cu_seq_lens = torch.cat(bounds).to(torch.int32)
+    if cu_seq_lens.numel() == batch + 1:
+        return None
+    return _Documents(cu_seq_lens, longest if packed and longest else int(cu_seq_lens.diff().max()))
+
+
+def _flash_takes(query: Tensor, dropout: float, softcap: float | None) -> bool:
+    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and softcap is None and dropout == 0
+
+
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, documents: _Documents, scale: float, window: int | None
+) -> Tensor:
+    """All documents in one launch of FlashAttention."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
+    if "enable_gqa" in signature(varlen_attn).parameters:
+        options["enable_gqa"] = True
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    bounds = documents.cu_seq_lens.to(query.device)
+    out = varlen_attn(q, k, v, bounds, bounds, documents.longest, documents.longest, **options)
+    return out.unflatten(0, (query.shape[0], query.shape[2]))
+
+
+def _window(query: Tensor, window: int | None) -> Tensor | None:
     """The boolean mask of a sliding window, or None where the document is no longer than the window."""
+    length = query.shape[2]
     if window is None or length <= window:
         return None
-    i = torch.arange(length, device=like.device)
+    i = torch.arange(length, device=query.device)
     distance = i[:, None] - i[None, :]
     return (distance >= 0) & (distance < window)
 
@@ -99,17 +174,29 @@ def _attend(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
+    *,
     causal: bool,
     dropout: float,
     scale: float,
     softcap: float | None,
-):
+) -> Tensor:
+    """Attention under a boolean mask, under a causal one where that is None and `causal` is set, or over all keys."""
     if softcap is None:
         causal = causal and mask is None
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale)
+        return scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=causal,
+            scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
     scores = softcap * torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap))
-    if mask is None:
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if mask is None and causal:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
     return nn.functional.dropout(weights, dropout) @ v

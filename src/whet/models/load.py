@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Linear4bit
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_utils import PreTrainedModel
 
 from whet.errors import WhetError
@@ -123,7 +130,7 @@ def load(
     dtype = torch.float32 if precision == "32bit" else pick_dtype(dtype)
     origin = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
     tokenizer = load_tokenizer(name, **origin)
-    config = _from_hub(name, AutoConfig.from_pretrained, folder, **origin)
+    config = load_config(name, **origin)
     if num_labels is not None:
         config.num_labels = num_labels
     model, loaded = _from_hub(
@@ -148,10 +155,15 @@ def load(
     return model, tokenizer
 
 
+def load_config(name: str, **origin: Any) -> PretrainedConfig:
+    """config.json of `name`."""
+    return _from_hub(name, AutoConfig.from_pretrained, resolve(name), **origin)
+
+
 def load_tokenizer(name: str, **origin: Any) -> PreTrainedTokenizerBase:
     """The tokenizer of `name`, checked against the model's vocabulary; pads with its end token if it has no other."""
     folder = resolve(name)
-    config = _from_hub(name, AutoConfig.from_pretrained, folder, **origin)
+    config = load_config(name, **origin)
     tokenizer = _from_hub(name, AutoTokenizer.from_pretrained, folder, **origin)
     _check_vocabulary(name, config, tokenizer)
     if tokenizer.pad_token_id is None:

@@ -14,7 +14,6 @@ running a recipe again goes on where it stopped, and does nothing when all is do
 from __future__ import annotations
 
 import fcntl
-import glob
 import hashlib
 import json
 import os
@@ -69,6 +68,7 @@ class Run:
             fix = "wait for it to end, or stop it"
             raise WhetError("another process is at work on this run", where=str(folder), fix=fix) from None
         run = cls(folder, recipe, lock)
+        run._drop_torn_line()
         if not (folder / "run.json").exists():
             write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.model_dump(), sort_keys=False))
             facts = {"inputs": inputs, "seed": recipe.seed, **environment(base)}
@@ -97,8 +97,14 @@ class Run:
         path = self.folder / "metrics.jsonl"
         if not path.exists():
             return []
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         return [line for line in lines if stage in (None, line.get("stage"))]
+
+    def _drop_torn_line(self) -> None:
+        """A crash may leave the beginning of a last line in metrics.jsonl."""
+        path = self.folder / "metrics.jsonl"
+        if path.exists() and not (text := path.read_text(encoding="utf-8", errors="replace")).endswith("\n"):
+            write_text(path, text[: text.rfind("\n") + 1])
 
     def forget_after(self, step: int) -> None:
         """Drop training metrics past `step`: training goes on from there and will write them again."""
@@ -110,8 +116,8 @@ def input_digests(recipe: Recipe, base: Path) -> dict[str, str]:
     """Hex digest of every data file a recipe reads, by path relative to the recipe, and of a local base model."""
     digests = {}
     for source in [*recipe.data.sources, *recipe.data.eval_sources]:
-        for name in sorted(glob.glob(str(base / source.path), recursive=True)):
-            digests[os.path.relpath(name, base)] = sha256(Path(name))
+        for path in source.files(base):
+            digests[os.path.relpath(path, base)] = sha256(path)
     model = Path(recipe.model.base).expanduser()
     if model.is_dir():
         files = sorted(p for p in model.iterdir() if p.is_file())

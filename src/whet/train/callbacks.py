@@ -48,16 +48,18 @@ class OrderlyStop(TrainerCallback):
     """Ctrl-C ends training after the step at hand, with a checkpoint; a second Ctrl-C ends it at once."""
 
     stopped = False
+    _before: Any = None
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self._before = signal.signal(signal.SIGINT, self._stop)
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        signal.signal(signal.SIGINT, self._before)
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
 
     def _stop(self, *args: Any) -> None:
         self.stopped = True
-        signal.signal(signal.SIGINT, self._before)
+        self.on_train_end()
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         if self.stopped:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from pathlib import Path
 
 from whet.files import sha256, write_text
@@ -38,10 +39,15 @@ def is_whole(folder: Path) -> bool:
 
 
 def newest_whole(folder: Path) -> Path | None:
-    """The latest checkpoint-STEP under `folder` whose seal holds. Damaged ones are named in the log."""
+    """The latest checkpoint-STEP under `folder` whose seal holds.
+
+    Later ones, damaged, are named in the log and removed: the trainer keeps the latest two, by their steps, and would
+    keep these in the place of whole ones.
+    """
     found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
     for checkpoint in found:
         if is_whole(checkpoint):
             return checkpoint
         log.warning("%s is incomplete or damaged: going back to the one before", checkpoint)
+        shutil.rmtree(checkpoint)
     return None

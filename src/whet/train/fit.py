@@ -38,17 +38,21 @@ def fit(
     checkpoints = run.folder / "checkpoints"
     resumed = newest_whole(checkpoints) if checkpoints.is_dir() else None
     run.forget_after(int(resumed.name.rpartition("-")[2]) if resumed else 0)
-    stop = OrderlyStop()
+    stop, bar = OrderlyStop(), Bar(console)
     kind, config = (DPOTrainer, _dpo_config) if run.recipe.train.method == "dpo" else (SFTTrainer, _sft_config)
     trainer = kind(
         model=model,
         args=config(run.recipe, model, checkpoints),
         train_dataset=rows,
         processing_class=tokenizer,
-        callbacks=[stop, Metrics(run), Seals(), Bar(console)],
+        callbacks=[stop, Metrics(run), Seals(), bar],
     )
     trainer.remove_callback(PrinterCallback)  # the metrics go to the run, the progress to the bar
-    trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    finally:  # the trainer tells its callbacks nothing when it fails
+        stop.on_train_end()
+        bar.on_train_end()
     if stop.stopped and trainer.state.global_step < trainer.state.max_steps:
         raise Stopped(trainer.state.global_step)
 

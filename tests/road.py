@@ -1,0 +1,124 @@
+"""What the tests of the recipe's road share: small data sets, recipes over them, and the command line."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from whet import cli
+
+COLOURS = ("red", "green", "blue")
+CONVERSATIONS = [
+    {
+        "messages": [
+            {"role": "user", "content": f"Which colour has number {i}?"},
+            {"role": "assistant", "content": COLOURS[i % 3]},
+        ]
+    }
+    for i in range(24)
+]
+RECIPE: dict[str, Any] = {
+    "name": "colours",
+    "model": {"base": "builtin:tiny", "load": "32bit", "max_seq_length": 64},
+    "adapter": {"r": 4, "dropout": 0.1},
+    "data": {"sources": [{"path": "rows.jsonl"}], "split": {"eval": 0.25}},
+    "train": {"max_steps": 2, "tokens_per_step": 128, "micro_batch": 2, "learning_rate": 1.0e-3},
+    "eval": None,
+}
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a command said and how it ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]] | None = None) -> Path:
+    lines = [json.dumps(row) + "\n" for row in (CONVERSATIONS if rows is None else rows)]
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+def write_recipe(folder: Path, changes: Mapping[str, Any] | None = None) -> Path:
+    """recipe.yaml in `folder`: RECIPE with `changes`, whose keys are dotted, as {"train.max_steps": 8}."""
+    recipe = copy.deepcopy(RECIPE)
+    for name, value in (changes or {}).items():
+        *sections, key = name.split(".")
+        section = recipe
+        for part in sections:
+            section = section.setdefault(part, {}) or {}
+        section[key] = value
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def start(*arguments: str | Path, cwd: Path, **options: Any) -> subprocess.Popen[str]:
+    """`whet ...` as a process of its own."""
+    command = [sys.executable, "-m", "whet.cli", *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes, **options)
+
+
+def whet(*arguments: str | Path, cwd: Path, **options: Any) -> Told:
+    process = start(*arguments, cwd=cwd, **options)
+    out, err = process.communicate(timeout=300)
+    return Told(process.returncode, out, err)
+
+
+class Here:
+    """`whet ...` in this process, which has its libraries loaded already."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+        self.monkeypatch, self.capfd = monkeypatch, capfd
+
+    def __call__(self, *arguments: str | Path, cwd: Path) -> Told:
+        self.monkeypatch.chdir(cwd)
+        self.monkeypatch.setattr(sys, "argv", ["whet", *map(str, arguments)])
+        self.capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = self.capfd.readouterr()
+        return Told(int(ended.value.code or 0), out, err)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Here]:
+    """here("run", "recipe.yaml", cwd=folder); what the command sets for its whole process is set back."""
+    import logging
+
+    import datasets
+    import transformers
+
+    names = ("whet", "bitsandbytes", "trl", "accelerate")
+    loggers = {name: (list(logging.getLogger(name).handlers), logging.getLogger(name).level) for name in names}
+    monkeypatch.setenv("COLUMNS", "200")
+    yield Here(monkeypatch, capfd)
+    for name, (handlers, level) in loggers.items():
+        logging.getLogger(name).handlers[:] = handlers
+        logging.getLogger(name).setLevel(level)
+    datasets.enable_progress_bars()
+    transformers.utils.logging.enable_progress_bar()
+    transformers.utils.logging.set_verbosity_warning()
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def only_run(root: Path) -> Path:
+    (folder,) = root.iterdir()
+    return folder
