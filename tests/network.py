@@ -35,4 +35,3 @@ def no_connections() -> Iterator[Path]:
     yield CONNECTIONS
     tried = CONNECTIONS.read_text()
     assert not tried, f"a connection was tried:\n{tried}"
-

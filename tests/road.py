@@ -15,8 +15,6 @@ from typing import Any
 import pytest
 import yaml
 
-from whet import cli
-
 COLOURS = ("red", "green", "blue")
 CONVERSATIONS = [
     {
@@ -59,7 +57,7 @@ def write_recipe(folder: Path, changes: Mapping[str, Any] | None = None) -> Path
         *sections, key = name.split(".")
         section = recipe
         for part in sections:
-            section = section.setdefault(part, {}) or {}
+            section = section.setdefault(part, {})
         section[key] = value
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
@@ -86,6 +84,8 @@ class Here:
         self.monkeypatch, self.capfd = monkeypatch, capfd
 
     def __call__(self, *arguments: str | Path, cwd: Path) -> Told:
+        from whet import cli  # loads typer and rich: not every test needs them
+
         self.monkeypatch.chdir(cwd)
         self.monkeypatch.setattr(sys, "argv", ["whet", *map(str, arguments)])
         self.capfd.readouterr()

@@ -65,11 +65,12 @@ def run(
 
 
 @app.command()
-def schema() -> None:
+def schema(markdown: Annotated[bool, typer.Option("--markdown", help="A table to read instead.")] = False) -> None:
     """Print the JSON Schema of a recipe, for completion and checking in an editor."""
-    from whet.recipe import json_schema
+    from whet.recipe_docs import json_schema
+    from whet.recipe_docs import markdown as table
 
-    print(json.dumps(json_schema(), indent=2))
+    print(table() if markdown else json.dumps(json_schema(), indent=2))
 
 
 @app.command("exec", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -42,7 +42,7 @@ class Model(Part):
 
 class Adapter(Part):
     r: int = Field(16, ge=1, description="Rank of the LoRA adapter.")
-    alpha: float = Field(16, gt=0, description="Scale: the adapter's output is multiplied by alpha / r.")
+    alpha: float = Field(16.0, gt=0, description="Scale: the adapter's output is multiplied by alpha / r.")
     targets: str | list[str] = Field("all-linear", description="Names of the layers to adapt, or `all-linear`.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
     rslora: bool = Field(False, description="Scale by alpha / sqrt(r) instead.")
@@ -196,12 +196,3 @@ def _missing_sources(recipe: Recipe, document: Document) -> list[WhetError]:
                 fix = f"paths start at {folder.absolute()}"
                 errors.append(WhetError(f"no file matches {source.path!r}", where=where, fix=fix))
     return errors
-
-
-def json_schema() -> dict[str, Any]:
-    """JSON Schema of a recipe, for editors: completion, help and checking while typing."""
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "whet recipe",
-        **Recipe.model_json_schema(),
-    }

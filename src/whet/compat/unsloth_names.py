@@ -10,7 +10,7 @@ from typing import Any
 
 from whet.data.chat_templates import get_chat_template, standardize_data_formats, to_sharegpt
 from whet.errors import WhetError
-from whet.language_model import FastLanguageModel, FastModel
+from whet.language_model import FastLanguageModel
 from whet.models.load import is_bf16_supported
 from whet.train.responses import train_on_responses_only
 from whet.train.trainers import SFTConfig, SFTTrainer
@@ -50,7 +50,7 @@ CHAT_TEMPLATES: dict[str, Any] = {
 }
 UNSLOTH: dict[str, Any] = {
     "FastLanguageModel": FastLanguageModel,
-    "FastModel": FastModel,
+    "FastModel": FastLanguageModel,
     "PatchDPOTrainer": nothing_to_patch,
     "PatchFastRL": nothing_to_patch,
     "UnslothTrainer": SFTTrainer,

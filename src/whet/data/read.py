@@ -152,7 +152,7 @@ def _read_json_lines(path: Path, source: str) -> Iterator[Row | WhetError]:
         if not line.strip():
             continue
         try:
-            yield _json_row(_parse_json(line, source, number), source, number)
+            yield _json_row(_parse_json(line.rstrip("\r\n"), source, number), source, number)
         except WhetError as error:
             yield error
 

@@ -68,12 +68,20 @@ class Run:
             fix = "wait for it to end, or stop it"
             raise WhetError("another process is at work on this run", where=str(folder), fix=fix) from None
         run = cls(folder, recipe, lock)
-        run._drop_torn_line()
-        if not (folder / "run.json").exists():
-            write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.model_dump(), sort_keys=False))
-            facts = {"inputs": inputs, "seed": recipe.seed, **environment(base)}
-            write_text(folder / "run.json", json.dumps(facts, indent=2) + "\n")
+        try:
+            run._begin(base, inputs)
+        except BaseException:
+            run.close()
+            raise
         return run
+
+    def _begin(self, base: Path, inputs: dict[str, str]) -> None:
+        """Write what the folder lacks: the recipe and the facts on a first call."""
+        self._drop_torn_line()
+        if not (self.folder / "run.json").exists():
+            write_text(self.folder / "recipe.yaml", yaml.safe_dump(self.recipe.model_dump(), sort_keys=False))
+            facts = {"inputs": inputs, "seed": self.recipe.seed, **environment(base)}
+            write_text(self.folder / "run.json", json.dumps(facts, indent=2) + "\n")
 
     def close(self) -> None:
         self._lock.close()

@@ -85,6 +85,7 @@ def _common(recipe: Recipe, model: Any, folder: Path) -> dict[str, Any]:
         "seed": recipe.seed,
         "data_seed": recipe.seed,
         "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # would log the mean so far in the place of a NaN
         "save_strategy": "steps",
         "save_steps": train.checkpoint_every,
         "save_total_limit": 2,
