@@ -3,14 +3,13 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 RUNS   := runs
-NAME    = $(shell ls -td $(RUNS)/quickstart-* | head -1)
 
 .PHONY: quickstart test setup lint clean
 
 quickstart: setup  ## build a data set from this Python's documentation, fine-tune, evaluate, export, ask llama.cpp
 	$(BIN)/python -m quickstart.make_data build/quickstart
 	$(BIN)/whet run recipes/quickstart.yaml --runs $(RUNS)
-	$(BIN)/python -m quickstart.answers $(NAME)
+	$(BIN)/python -m quickstart.answers $$(ls -td $(RUNS)/quickstart-* | head -n 1)
 
 test: setup  ## the whole suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

@@ -41,8 +41,14 @@ def render(lines: list[Line]) -> str:
     if len(kinds) != 1:
         raise ValueError(f"one table holds one kind of result, not {', '.join(sorted(kinds)) or 'none'}")
     columns, row = KINDS[kinds.pop()]
-    table = [columns, ["---"] * len(columns), *(row(line, lines) for line in lines)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+    rows = [row(line, lines) for line in lines]
+    caption = ""
+    origins = {tuple(cells[-len(ORIGIN) :]) for cells in rows}
+    if len(origins) == 1:  # said once, under the table
+        caption = f"\n\n{'; '.join(origins.pop())}."
+        columns, rows = columns[: -len(ORIGIN)], [cells[: -len(ORIGIN)] for cells in rows]
+    table = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in table) + caption
 
 
 def finetune_row(line: Line, lines: list[Line]) -> list[str]:
@@ -81,6 +87,23 @@ def against_baseline(line: Line, lines: list[Line]) -> str:
     return f"{line['real_tok_s'] / same[0]['real_tok_s']:.2f}x" if len(same) == 1 else "-"
 
 
+def quickstart_row(line: Line, lines: list[Line]) -> list[str]:
+    base, tuned = line["base"], line["tuned"]
+    return [
+        f"{base['exact match']:.1%} -> {tuned['exact match']:.1%}",
+        f"{base['loss']:.2f} -> {tuned['loss']:.2f}",
+        f"{line['commonest']:.1%}",
+        *(f"{line['agreement'][name]:.1%}" for name in ("q8_0", "q4_k_m")),
+        f"{line['questions']}",
+        f"{line['minutes']:.1f}",
+        *where(line),
+    ]
+
+
+def blocks_row(line: Line, lines: list[Line]) -> list[str]:
+    return [line["type"], f"{line['gaussian']:.4f}", f"{line['heavy_tails']:.4f}", *where(line)]
+
+
 def parity_row(line: Line, lines: list[Line]) -> list[str]:
     def cell(part: str) -> str:
         peer = line.get("plain")
@@ -96,7 +119,7 @@ def where(line: Line) -> list[str]:
         if name in line["versions"]:
             versions.insert(0, f"{name} {line['versions'][name]}")
     if line["commit"]:
-        versions.append(f"commit {line['commit']}{' with changes' if line['dirty'] else ''}")
+        versions.append(f"commit {line['commit'][:10]}{' with changes' if line['dirty'] else ''}")
     return [line["hardware"], ", ".join(versions), line["date"][:10]]
 
 
@@ -116,6 +139,20 @@ KINDS: dict[str, tuple[list[str], Row]] = {
         ],
         finetune_row,
     ),
+    "quickstart": (
+        [
+            "answers right: base -> tuned",
+            "loss (nats a token)",
+            "right by always naming the commonest",
+            "llama.cpp says the same: q8_0",
+            "q4_k_m",
+            "held-out questions",
+            "minutes",
+            *ORIGIN,
+        ],
+        quickstart_row,
+    ),
+    "blocks": (["type", "Gaussian", "heavy tails (Student t, 3 degrees)", *ORIGIN], blocks_row),
     "parity": (["family", "base", "against", "loss", "logits", "gradients", *ORIGIN], parity_row),
 }
 

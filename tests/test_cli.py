@@ -41,8 +41,6 @@ def test_help_names_every_verb(here: Here, tmp_path: Path) -> None:
 
 def test_markup_in_a_users_text_is_shown_as_it_is(here: Here, tmp_path: Path) -> None:
     """Catches brackets in a path, which rich would take for its own marks and drop, or stumble over."""
-    folder = tmp_path / "[bold]x[/]"
-    folder.mkdir()
     told = here("run", "[bold]x[/]/none[/red].yaml", cwd=tmp_path)
     assert told.code == 2
     assert "[bold]x[/]/none[/red].yaml: there is no such recipe" in told.err

@@ -75,27 +75,30 @@ def test_a_table_is_written_once(repository: Path) -> None:
     assert table(repository).returncode == 0
     text = (repository / "README.md").read_text()
     assert text.startswith("Before.\n\n<!-- bench:qlora -->\n| work |")
-    assert text.endswith("|\n<!-- /bench:qlora -->\n\nAfter.\n")
+    assert text.endswith("2026-11-25.\n<!-- /bench:qlora -->\n\nAfter.\n")
     assert table(repository).returncode == 0
     assert (repository / "README.md").read_text() == text
 
 
-def test_every_row_says_where_it_comes_from(repository: Path) -> None:
+MEASURED = ["8b, QLoRA r=16, 2x4 rows of 2048, least memory", "whet", "11,700", "-", "1.5 (1.4 to 1.7)", "6.77", "4.0"]
+
+
+def test_a_table_of_one_origin_says_it_once(repository: Path) -> None:
     write(repository, line("whet", 11700.0, dirty=True, versions={"torch": "2.11.0", "whet": "0.1.0"}))
     table(repository)
+    assert cells(repository) == [MEASURED]
+    caption = "GPU A; whet 0.1.0, torch 2.11.0, commit abc with changes; 2026-11-25.\n"
+    assert caption in (repository / "README.md").read_text()
+
+
+def test_rows_of_several_origins_each_say_theirs(repository: Path) -> None:
+    """Catches a caption that claims one card for rows that were measured on two."""
+    write(repository, line("whet", 11700.0), line("whet", 11700.0, hardware="GPU B"))
+    table(repository)
+    software = "torch 2.11.0, transformers 5.17.0, commit abc"
     assert cells(repository) == [
-        [
-            *(
-                "8b, QLoRA r=16, 2x4 rows of 2048, least memory",
-                "whet",
-                "11,700",
-                "-",
-                "1.5 (1.4 to 1.7)",
-                "6.77",
-                "4.0",
-            ),
-            *("GPU A", "whet 0.1.0, torch 2.11.0, commit abc with changes", "2026-11-25"),
-        ]
+        [*MEASURED, "GPU A", software, "2026-11-25"],
+        [*MEASURED, "GPU B", software, "2026-11-25"],
     ]
 
 

@@ -1,0 +1,202 @@
+"""The whole road on the built-in model: every format of data, every kind of training, every export."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from datasets import load_from_disk
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.road import COLOURS, CONVERSATIONS, Here, metrics, only_run, write_recipe, write_rows
+from whet import pipeline
+from whet.models.load import BUILTIN
+from whet.recipe import load
+from whet.recipe_model import load_tuned
+from whet.runs.store import Run
+
+QUESTIONS = [f"Which colour has number {i}?" for i in range(24)]
+
+
+def run(folder: Path, changes: dict[str, Any]) -> Run:
+    recipe = write_recipe(folder, changes)
+    return pipeline.run_recipe(load(recipe), folder, folder / "runs", Console(quiet=True))
+
+
+# ---------------------------------------------------------------- formats
+
+
+def parquet(folder: Path) -> dict[str, Any]:
+    table = pa.table({"q": QUESTIONS, "completion": [COLOURS[i % 3] for i in range(24)]})
+    pq.write_table(table, folder / "rows.parquet")
+    return {"path": "rows.parquet", "format": "prompt-completion", "columns": {"prompt": "q"}}
+
+
+def alpaca_csv(folder: Path) -> dict[str, Any]:
+    with open(folder / "rows.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["instruction", "input", "output"])
+        writer.writerows([["Name the colour.", question, COLOURS[i % 3]] for i, question in enumerate(QUESTIONS)])
+    return {"path": "rows.csv"}
+
+
+def sharegpt(folder: Path) -> dict[str, Any]:
+    rows = [
+        {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": COLOURS[i % 3]}]}
+        for i, question in enumerate(QUESTIONS)
+    ]
+    write_rows(folder / "rows.jsonl", rows)
+    return {"path": "rows.jsonl"}
+
+
+def texts(folder: Path) -> dict[str, Any]:
+    (folder / "docs" / "more").mkdir(parents=True)
+    for i, question in enumerate(QUESTIONS):
+        (folder / "docs" / ("more" if i % 2 else ".") / f"{i}.txt").write_text(f"{question} It has {COLOURS[i % 3]}.")
+    return {"path": "docs/**/*.txt"}
+
+
+def messages(folder: Path) -> dict[str, Any]:
+    write_rows(folder / "rows.jsonl")
+    return {"path": "*.jsonl", "format": "messages"}
+
+
+@pytest.mark.parametrize("make", [parquet, alpaca_csv, sharegpt, texts, messages])
+@pytest.mark.parametrize("packing", [True, False])
+def test_every_format_trains(tmp_path: Path, make: Any, packing: bool) -> None:
+    """From the files to an adapter, base against tuned on what was held out."""
+    if not packing and make is not messages:
+        pytest.skip("rows look alike after the reading: one format is enough without packing")
+    changes = {"data.sources": [make(tmp_path)], "train.packing": packing, "eval": {"max_new_tokens": 2, "limit": 3}}
+    done = run(tmp_path, changes)
+    assert [line["step"] for line in done.metrics("train")] == [1, 2]
+    (scored,) = done.metrics("eval")
+    kept = json.loads((done.folder / "data" / "summary.json").read_text())
+    assert kept["rows"] + kept["held out"] == 24
+    assert ("packed rows" in kept) is packing
+    answers = [json.loads(line) for line in (done.folder / "eval" / "answers.jsonl").read_text().splitlines()]
+    if make is texts:
+        assert answers == []
+        assert "exact match" not in scored["base"]
+    else:
+        assert len(answers) == 3
+        assert {answer["reference"] for answer in answers} <= set(COLOURS)
+        assert all("Which colour has number" in answer["prompt"] for answer in answers)
+    assert 0 < scored["tuned"]["loss"] != scored["base"]["loss"] > 0
+    assert (done.folder / "trained" / "adapter_model.safetensors").exists()
+
+
+def test_preference_pairs_train_by_dpo(tmp_path: Path) -> None:
+    pairs = [
+        {"prompt": question, "chosen": COLOURS[i % 3], "rejected": COLOURS[(i + 1) % 3]}
+        for i, question in enumerate(QUESTIONS)
+    ]
+    write_rows(tmp_path / "rows.jsonl", pairs)
+    done = run(tmp_path, {"train.method": "dpo", "eval": {"max_new_tokens": 2, "limit": 2}})
+    steps = done.metrics("train")
+    assert [line["step"] for line in steps] == [1, 2]
+    assert "rewards/margins" in steps[-1]
+    assert len(steps) == 2
+    assert json.loads((done.folder / "data" / "summary.json").read_text())["pairs"] == len(
+        load_from_disk(str(done.folder / "data" / "train"))
+    )
+    assert done.metrics("eval")
+
+
+# ---------------------------------------------------------------- kinds of training
+
+
+def test_the_loss_of_the_rows_that_are_trained_falls(tmp_path: Path) -> None:
+    """Catches labels that are shifted, or an adapter that gets no gradient."""
+    write_rows(tmp_path / "rows.jsonl")
+    changes = {"train.max_steps": 20, "train.epochs": 20, "train.learning_rate": 5.0e-3, "adapter.dropout": 0.0}
+    done = run(tmp_path, {**changes, "eval": {"exact_match": False}})
+    losses = [line["loss"] for line in done.metrics("train")]
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    (scored,) = done.metrics("eval")
+    assert scored["tuned"]["loss"] < scored["base"]["loss"]
+
+
+def test_every_weight_is_trained_without_an_adapter(tmp_path: Path) -> None:
+    """Catches a full fine-tuning that leaves layers frozen, or is saved or evaluated as the base."""
+    write_rows(tmp_path / "rows.jsonl")
+    changes = {"adapter": None, "eval": {"exact_match": False}, "export": {"merged": "bf16", "gguf": ["f16"]}}
+    done = run(tmp_path, changes)
+    trained = load_file(done.folder / "trained" / "model.safetensors")
+    base = load_file(BUILTIN / "tiny" / "model.safetensors")
+    assert trained.keys() == base.keys()
+    for name, weight in base.items():
+        assert not torch.equal(trained[name], weight.float()), f"{name} was not trained"
+    (scored,) = done.metrics("eval")
+    assert scored["tuned"]["loss"] != scored["base"]["loss"]
+    merged = load_file(done.folder / "export" / "merged" / "model.safetensors")
+    assert all(torch.equal(merged[name], weight.bfloat16()) for name, weight in trained.items())
+
+
+# ---------------------------------------------------------------- export
+
+
+def test_exports_are_the_tuned_model(tmp_path: Path) -> None:
+    """Catches an export of the base, or of weights that were never merged."""
+    write_rows(tmp_path / "rows.jsonl")
+    changes = {"model.load": "nf4", "train.learning_rate": 1.0e-2, "export": {"merged": "fp32", "gguf": ["f32", "q8_0"]}}
+    done = run(tmp_path, changes)
+    export = done.folder / "export"
+    names = {"merged", "model-f32.gguf", "model-q8_0.gguf", "summary.json"}
+    assert {path.name for path in export.iterdir()} == names
+    tuned, tokenizer = load_tuned(done.recipe, done.folder / "trained")
+    merged = AutoModelForCausalLM.from_pretrained(export / "merged", dtype=torch.float32)
+    ids = tokenizer(QUESTIONS[0], return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        ours, theirs = tuned(ids).logits, merged(ids).logits
+        with tuned.disable_adapter():
+            base = tuned(ids).logits
+    assert (ours - theirs).abs().max() < 1e-3 < (ours - base).abs().max()
+    written = {tensor.name: tensor for tensor in gguf.GGUFReader(export / "model-f32.gguf").tensors}
+    norm = merged.state_dict()["model.layers.0.mlp.down_proj.weight"]
+    assert torch.equal(torch.tensor(written["blk.0.ffn_down.weight"].data), norm)
+
+
+# ---------------------------------------------------------------- stages
+
+
+def test_a_changed_input_is_another_run(tmp_path: Path, here: Here) -> None:
+    """Catches going on in the folder of other data, and a name that changes with nothing."""
+    write_rows(tmp_path / "rows.jsonl")
+    write_recipe(tmp_path)
+    assert here("run", "recipe.yaml", cwd=tmp_path).code == 0
+    first = only_run(tmp_path / "runs")
+    write_rows(tmp_path / "rows.jsonl", [*CONVERSATIONS, CONVERSATIONS[0]])
+    assert here("run", "recipe.yaml", cwd=tmp_path).code == 0
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+    write_rows(tmp_path / "rows.jsonl")
+    told = here("run", "recipe.yaml", cwd=tmp_path)
+    assert told.out.count("(done before)") == 3
+    assert len(metrics(first)) == 2
+
+
+def test_a_stage_that_failed_is_done_again_and_no_other(tmp_path: Path, here: Here) -> None:
+    """Catches a training repeated because the export failed."""
+    write_rows(tmp_path / "rows.jsonl")
+    write_recipe(tmp_path, {"export.merged": "bf16"})
+    assert here("run", "recipe.yaml", cwd=tmp_path).code == 0
+    folder = only_run(tmp_path / "runs")
+    adapter = folder / "trained" / "adapter_model.safetensors"
+    before = adapter.stat().st_mtime_ns
+    for path in (folder / "export").rglob("*"):
+        path.unlink() if path.is_file() else None
+    (folder / "export" / "merged").rmdir()
+    (folder / "export").rmdir()
+    told = here("run", "recipe.yaml", cwd=tmp_path)
+    assert told.out.count("(done before)") == 2
+    assert (folder / "export" / "merged" / "model.safetensors").exists()
+    assert adapter.stat().st_mtime_ns == before
