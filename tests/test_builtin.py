@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import islice
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from quickstart.entries import held_out, source_entries, summary
+from quickstart.entries import entries, held_out
 from whet import FastLanguageModel
 from whet.data.template import fingerprint, render
 from whet.evals.heldout import generate, mean_loss
@@ -19,7 +21,7 @@ FOLDER = BUILTIN / "tiny"
 
 
 @pytest.fixture(scope="module")
-def tiny():
+def tiny() -> Any:
     return FastLanguageModel.from_pretrained("builtin:tiny", load_in_4bit=False, dtype="float32")
 
 
@@ -36,28 +38,22 @@ def test_its_files() -> None:
     assert config["vocab_size"] == 8192
 
 
-def test_its_size(tiny) -> None:
+def test_its_size(tiny: Any) -> None:
     model, tokenizer = tiny
     assert 6e6 <= sum(parameter.numel() for parameter in model.parameters()) <= 8e6
     assert len(tokenizer) <= 8192
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-def test_it_has_learned_the_language_of_the_documentation(tiny) -> None:
+def test_it_has_learned_the_language_of_the_documentation(tiny: Any) -> None:
     """On documentation strings that were kept from its training: a random model has ln(8192) = 9.01 nats a token."""
-    import sysconfig
-    from pathlib import Path
-
     model, tokenizer = tiny
-    library = Path(sysconfig.get_path("stdlib")) / "email"
-    docs = [summary(entry.doc) for entry in source_entries(library) if held_out(entry.doc)]
-    docs = [doc for doc in docs if len(doc) >= 80][:12]
-    assert len(docs) >= 5
+    docs = list(islice((entry.doc for entry in entries() if len(entry.doc) > 80 and held_out(entry.doc)), 12))
     rows = [{"input_ids": ids, "labels": ids} for ids in tokenizer(docs)["input_ids"]]
     assert mean_loss(model, rows) < 4 < math.log(8192)
 
 
-def test_its_chat_template_and_stop(tiny) -> None:
+def test_its_chat_template_and_stop(tiny: Any) -> None:
     """Catches a turn that the model can't end, and special tokens that are split."""
     model, tokenizer = tiny
     messages = [{"role": "user", "content": "What does json.loads do?"}, {"role": "assistant", "content": "It parses."}]
@@ -66,7 +62,7 @@ def test_its_chat_template_and_stop(tiny) -> None:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert ids.count(tokenizer.eos_token_id) >= 1
     assert tokenizer.decode(ids) == text
-    assert model.generation_config.eos_token_id == tokenizer.eos_token_id == model.config.eos_token_id
+    assert tokenizer.eos_token_id in model.generation_config.eos_token_id
     prompt = render(tokenizer, messages[:1], add_generation_prompt=True)
     assert text.startswith(prompt)
     (answer,) = generate(model, tokenizer, [prompt], max_new_tokens=80)
@@ -74,7 +70,7 @@ def test_its_chat_template_and_stop(tiny) -> None:
     assert len(fingerprint(tokenizer)) == 64
 
 
-def test_it_stops_by_itself(tiny) -> None:
+def test_it_stops_by_itself(tiny: Any) -> None:
     """Catches a model that never learned to end its turn."""
     model, tokenizer = tiny
     messages = [{"role": "user", "content": "What does json.loads do?"}]

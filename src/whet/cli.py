@@ -48,17 +48,16 @@ def run(
     from whet.recipe import load
 
     checked = load(recipe)
-    _quiet_libraries()
-    from whet import pipeline
-    from whet.train.fit import Stopped
-
-    if dry_run:
-        pipeline.dry_run(checked, recipe.parent, console)
-        return
-    command = f"whet run {recipe}" + ("" if runs == Path("runs") else f" --runs {runs}")
     try:
+        _quiet_libraries()
+        from whet import pipeline
+
+        if dry_run:
+            pipeline.dry_run(checked, recipe.parent, console)
+            return
         done = pipeline.run_recipe(checked, recipe.parent, runs, console)
-    except (Stopped, KeyboardInterrupt) as stop:
+    except KeyboardInterrupt as stop:
+        command = f"whet run {recipe}" + ("" if runs == Path("runs") else f" --runs {runs}")
         errors.print(f"{escape(str(stop) or 'stopped')}; to go on: {escape(command)}", soft_wrap=True)
         raise typer.Exit(130) from None
     console.print(f"[bold]done[/] {escape(str(done.folder))}", soft_wrap=True)

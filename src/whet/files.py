@@ -12,7 +12,11 @@ from pathlib import Path
 
 from whet.errors import WhetError
 
-FULL = {errno.ENOSPC: "it is full", errno.EDQUOT: "your quota is used up", errno.EFBIG: "the limit on a file's size"}
+FULL: dict[int | None, str] = {
+    errno.ENOSPC: "it is full",
+    errno.EDQUOT: "your quota is used up",
+    errno.EFBIG: "the limit on a file's size",
+}
 FULL_SIGNS = ("No space left on device", "Disk quota exceeded", "File too large", "file write failed")
 
 

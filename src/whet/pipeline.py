@@ -20,6 +20,7 @@ from whet import recipe as recipes
 from whet.data.formats import Source
 from whet.data.prepare import Prepared, prepare, read_questions, read_sides
 from whet.data.template import Tokenized, preview
+from whet.errors import WhetError
 from whet.evals.heldout import compare
 from whet.export.gguf_model import check_convertible, save_gguf
 from whet.export.merge import save_merged
@@ -123,7 +124,10 @@ def train(run: Run, folder: Path, console: Console) -> Summary:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     steps = run.metrics("train")
-    plot_loss(steps, folder / "loss.png", title=run.recipe.name)
+    try:
+        plot_loss(steps, folder / "loss.png", title=run.recipe.name)
+    except WhetError as error:  # what was learned is worth more than its picture
+        console.print(f"[yellow]no loss.png:[/] {escape(error.what)}; {escape(error.fix or '')}")
     return {"steps": len(steps), "first loss": round(steps[0]["loss"], 4), "last loss": round(steps[-1]["loss"], 4)}
 
 

@@ -19,8 +19,8 @@ from whet.train.checkpoint import newest_whole
 from whet.train.trainers import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 
-class Stopped(Exception):
-    """Training was stopped by the user and left a checkpoint to go on from."""
+class Stopped(KeyboardInterrupt):
+    """Training was stopped by Ctrl-C and left a checkpoint to go on from."""
 
     def __init__(self, step: int):
         self.step = step
