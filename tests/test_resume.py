@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tests.road import Here, metrics, only_run, start, write_recipe, write_rows
+from tests.road import COLOURS, Here, metrics, only_run, start, write_recipe, write_rows
 from whet.pipeline import run_recipe
 from whet.recipe import load
 
@@ -18,18 +18,25 @@ STEPS = 8
 CHANGES = {"train.max_steps": STEPS, "train.epochs": 9, "train.checkpoint_every": 2, "model.load": "nf4"}
 # The optimizer's 8-bit states are for tensors of 4,096 numbers and more.
 EIGHT_BIT = {"train.optimizer": "adamw_8bit", "adapter.r": 16}
-# Training is slowed down, by work, so that a signal finds it in its midst.
-SLOW = {"train.tokens_per_step": 2048, "train.micro_batch": 2}
-OPTIMIZERS = {"adamw_torch": CHANGES | SLOW, "adamw_8bit": CHANGES | SLOW | EIGHT_BIT}
+# Three steps an epoch, so that a checkpoint falls into its midst, and work enough for a signal to come in time.
+ROWS = [
+    {"messages": [{"role": "user", "content": f"Name the colour of {i}."}, {"role": "assistant", "content": colour}]}
+    for i in range(48)
+    for colour in [COLOURS[i * i % 3]]
+]
+SIZES = {"train.tokens_per_step": 512, "train.micro_batch": 2}
+OPTIMIZERS = {"adamw_torch": CHANGES | SIZES, "adamw_8bit": CHANGES | SIZES | EIGHT_BIT}
 
 
 @pytest.fixture(scope="module", params=OPTIMIZERS)
 def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a recipe whose run went through in one go."""
     folder = tmp_path_factory.mktemp(request.param)
-    write_rows(folder / "rows.jsonl")
+    write_rows(folder / "rows.jsonl", ROWS)
     write_recipe(folder, OPTIMIZERS[request.param])
-    run_recipe(load(folder / "recipe.yaml"), folder, folder / "runs", Console(quiet=True))
+    run = run_recipe(load(folder / "recipe.yaml"), folder, folder / "runs", Console(quiet=True))
+    epochs = [line["epoch"] for line in run.metrics("train")]
+    assert epochs[1] < 1 < epochs[3], "a checkpoint in the midst of an epoch is what this is about"
     return folder
 
 

@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "data": "",
     "recipe": "recipe_faults",
     "recipe_faults": "",
+    "recipe_docs": "recipe recipe_faults",
     "runs": "recipe",
     "plan": "models",
     "evals": "models data",
