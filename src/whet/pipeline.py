@@ -14,17 +14,16 @@ import torch
 from datasets import load_from_disk
 from rich.console import Console
 from rich.markup import escape
-from transformers import PreTrainedTokenizerBase
 
-from whet import recipe as recipes
-from whet.data.formats import Source
-from whet.data.prepare import Prepared, prepare, read_questions, read_sides
+from whet.data.prepare import read_questions
 from whet.data.template import Tokenized, preview
 from whet.errors import WhetError
 from whet.evals.heldout import compare
 from whet.export.gguf_model import check_convertible, save_gguf
 from whet.export.merge import save_merged
 from whet.files import write_text
+from whet.recipe import Recipe
+from whet.recipe_data import prepare_data
 from whet.recipe_model import config_of, load_base, load_for_training, load_tuned, tokenizer_of
 from whet.runs.plots import plot_loss
 from whet.runs.store import Run
@@ -34,7 +33,7 @@ Summary = dict[str, Any]
 MERGED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "nf4": torch.bfloat16}
 
 
-def run_recipe(recipe: recipes.Recipe, base: Path, root: Path, console: Console) -> Run:
+def run_recipe(recipe: Recipe, base: Path, root: Path, console: Console) -> Run:
     """Do all that `recipe` says, from where an earlier call stopped. Its paths start at `base`; runs lie in `root`."""
     run = Run.open(recipe, base, root)
     try:
@@ -50,10 +49,11 @@ def run_recipe(recipe: recipes.Recipe, base: Path, root: Path, console: Console)
     return run
 
 
-def dry_run(recipe: recipes.Recipe, base: Path, console: Console) -> None:
+def dry_run(recipe: Recipe, base: Path, console: Console) -> None:
     """Read the data, tokenize it and show the first row as the model will see it; write and train nothing."""
     check_export(recipe)
-    prepared, tokenizer = _prepare(recipe, base)
+    tokenizer = tokenizer_of(recipe.model)
+    prepared = prepare_data(recipe, tokenizer, base)
     _show(console, "data", prepared.summary)
     if recipe.train.method == "sft":
         first = prepared.heldout[0]
@@ -62,7 +62,7 @@ def dry_run(recipe: recipes.Recipe, base: Path, console: Console) -> None:
     console.print(f"[green]{'train':<8}[/]{recipe.train.method}, {tokens} tokens a step; nothing was written")
 
 
-def check_export(recipe: recipes.Recipe) -> None:
+def check_export(recipe: Recipe) -> None:
     """Refuse what can't be exported before it is trained."""
     if recipe.export.gguf:
         check_convertible(config_of(recipe.model), tokenizer_of(recipe.model))
@@ -84,37 +84,11 @@ def _show(console: Console, name: str, summary: Summary, note: str = "") -> None
     console.print(f"[green]{name:<8}[/]{shown}{note}", soft_wrap=True)
 
 
-def make_data(recipe: recipes.Recipe, base: Path, folder: Path) -> Summary:
+def make_data(recipe: Recipe, base: Path, folder: Path) -> Summary:
     """Read, split, tokenize and pack: train/ and heldout/ (token ids), questions.jsonl (prompts and references)."""
-    prepared, _ = _prepare(recipe, base)
+    prepared = prepare_data(recipe, tokenizer_of(recipe.model), base)
     prepared.save(folder)
     return prepared.summary
-
-
-def _prepare(recipe: recipes.Recipe, base: Path) -> tuple[Prepared, PreTrainedTokenizerBase]:
-    split = recipe.data.split or recipes.Split()
-    sides = read_sides(
-        _sources(recipe.data.sources),
-        _sources(recipe.data.eval_sources),
-        base=base,
-        eval_fraction=split.eval,
-        group_by=split.group_by,
-        seed=recipe.seed,
-    )
-    tokenizer = tokenizer_of(recipe.model)
-    prepared = prepare(
-        *sides,
-        tokenizer,
-        method=recipe.train.method,
-        max_length=recipe.model.max_seq_length,
-        train_on=recipe.data.train_on,
-        packing=recipe.train.packing,
-    )
-    return prepared, tokenizer
-
-
-def _sources(sources: list[recipes.Source]) -> list[Source]:
-    return [Source(s.path, None if s.format == "auto" else s.format, s.columns) for s in sources]
 
 
 def train(run: Run, folder: Path, console: Console) -> Summary:

@@ -29,7 +29,7 @@ class Part(BaseModel):
 
 
 class Model(Part):
-    base: str = Field(description="Local folder, hub name, or `builtin:tiny`.")
+    base: str = Field(description="Local folder, relative to the recipe; hub name; or `builtin:tiny`.")
     load: Literal["nf4", "int8", "16bit", "32bit"] = Field("nf4", description="How the frozen base is held in memory.")
     dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
         None, description="What to compute in. Default: bfloat16 where the GPU has it, float32 on a CPU."
@@ -182,7 +182,15 @@ def load(path: Path) -> Recipe:
     missing = _missing_sources(recipe, document)
     if missing:
         raise WhetErrors(missing)
-    return recipe
+    return _base_beside(recipe, path.parent)
+
+
+def _base_beside(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with a base model that is a folder beside it named by its full path."""
+    if recipe.model.base.startswith("builtin:") or not (folder / recipe.model.base).is_dir():
+        return recipe
+    model = recipe.model.model_copy(update={"base": str((folder / recipe.model.base).resolve())})
+    return recipe.model_copy(update={"model": model})
 
 
 def _missing_sources(recipe: Recipe, document: Document) -> list[WhetError]:

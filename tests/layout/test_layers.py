@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "data": "",
     "recipe": "recipe_faults",
     "recipe_faults": "",
+    "recipe_data": "recipe data",
     "recipe_docs": "recipe recipe_faults",
     "runs": "recipe",
     "plan": "models",
