@@ -53,7 +53,8 @@ def main(run: Path) -> int:
     shown = list(zip(prompts, references, lines, strict=True))
     for prompt, reference, line in shown[:: max(1, len(shown) // SHOWN)]:
         signature = prompt.split("\n")[3]
-        table.add_row(signature.partition("(")[0], reference, *line.values())
+        name = signature.partition("(")[0].split()[-1]
+        table.add_row(name, reference, *line.values())
     console.print(table)
     agreement = {name: exact_match(given, answers["whet"]) for name, given in answers.items() if name != "whet"}
     for name, given in answers.items():

@@ -101,9 +101,9 @@ def standardize_data_formats(dataset: Any) -> Any:
         raise WhetError(f"rows of the format {format} are no conversations", where="dataset", fix="use it as it is")
 
     def standardize(values: dict[str, Any], index: int) -> dict[str, Any]:
-        example = normalise(Row(values, "dataset row ", index), format)
+        example = normalise(Row(values, "dataset row", index), format)
         assert isinstance(example, Conversation)
-        return {"conversations": [{"role": m["role"], "content": m["content"]} for m in example.messages]}
+        return {"conversations": example.messages}
 
     consumed = [name for name in first if name in FORMATS[format].parts and name != "tools"]
     return dataset.map(standardize, with_indices=True, remove_columns=consumed)

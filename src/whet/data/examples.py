@@ -30,8 +30,8 @@ class Example:
 
     @cached_property
     def id(self) -> str:
-        """SHA-256, in hex, of the content as JSON with sorted keys and no spaces."""
-        canonical = json.dumps(self.content(), sort_keys=True, separators=(",", ":"))
+        """SHA-256, in hex, of the content as JSON with sorted keys and no spaces; dates from Parquet as their text."""
+        canonical = json.dumps(self.content(), sort_keys=True, separators=(",", ":"), default=str)
         return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
     @property

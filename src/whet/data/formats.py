@@ -101,11 +101,11 @@ def normalise(row: Row, format: str, columns: Mapping[str, str] | None = None) -
     """
     _check_declared(format, columns)
     spec = FORMATS[format]
-    values = _rename(row.values, columns)
+    parts = _Parts(_rename(row.values, columns), spec, row, columns or {})
     for part in spec.required:
-        if part not in values:
-            raise _missing(part, row, spec)
-    return spec.build(_Parts(values, spec, row))
+        if part not in parts.values:
+            raise _missing(part, parts)
+    return spec.build(parts)
 
 
 def _check_declared(format: str, columns: Mapping[str, str] | None) -> None:
@@ -123,6 +123,10 @@ def _check_declared(format: str, columns: Mapping[str, str] | None) -> None:
                 where=f"columns.{part}",
                 fix=f"use {_nearest(part, parts) or ', '.join(parts)}",
             )
+    names = list((columns or {}).values())
+    for name in names:
+        if names.count(name) > 1:
+            raise WhetError(f"two parts name the column {name!r}", where="columns", fix="give each part its own column")
 
 
 def _rename(values: Mapping[str, Any], columns: Mapping[str, str] | None) -> dict[str, Any]:
@@ -132,11 +136,13 @@ def _rename(values: Mapping[str, Any], columns: Mapping[str, str] | None) -> dic
     return {names.get(name, name): value for name, value in kept.items()}
 
 
-def _missing(part: str, row: Row, spec: _Format) -> WhetError:
-    near = _nearest(part, [name for name in row.values if name not in spec.parts])
+def _missing(part: str, parts: _Parts) -> WhetError:
+    wanted = parts.columns.get(part, part)
+    columns = parts.row.values
+    near = _nearest(wanted, [name for name in columns if name not in parts.spec.parts])
     return WhetError(
-        f"no column {part!r}; the row has {', '.join(map(str, row.values)) or 'none'}",
-        where=row.where,
+        f"no column {wanted!r}; the row has {', '.join(map(str, columns)) or 'none'}",
+        where=parts.row.where,
         fix=f"map it, as: columns: {{{part}: {near or 'NAME'}}}",
     )
 
@@ -155,6 +161,7 @@ class _Parts:
     values: Mapping[str, Any]
     spec: _Format
     row: Row
+    columns: Mapping[str, str]
 
     def text(self, part: str) -> str:
         return text_of(self.values[part], part, self.row.where)
@@ -178,7 +185,7 @@ def _sharegpt(parts: _Parts) -> Example:
 def _conversation(parts: _Parts, roles: Mapping[str, str]) -> Example:
     name = "messages" if "messages" in parts.values else "conversations"
     if name not in parts.values:
-        raise _missing(parts.spec.parts[0], parts.row, parts.spec)
+        raise _missing(parts.spec.parts[0], parts)
     messages = messages_of(parts.values[name], name, parts.row.where, roles=roles)
     check_answered(messages, name, parts.row.where)
     tools = parts.values.get("tools") or None
@@ -236,7 +243,7 @@ def _answer(parts: _Parts, part: str) -> list[Message]:
 
 def _prompt(parts: _Parts) -> list[Message]:
     if "prompt" not in parts.values:
-        raise _missing("prompt", parts.row, parts.spec)
+        raise _missing("prompt", parts)
     value = parts.values["prompt"]
     if isinstance(value, list):
         return messages_of(value, "prompt", parts.row.where, roles=SHAREGPT_ROLES)

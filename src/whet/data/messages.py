@@ -34,7 +34,7 @@ def list_of(value: Any, name: str, where: str) -> list[Any]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # not JSON; or thousands of nested brackets
             raise WhetError(
                 f"{name} is text where a list is wanted", where=where, fix="write a JSON list, as [{...}, {...}]"
             ) from error

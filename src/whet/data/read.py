@@ -15,6 +15,7 @@ import csv
 import difflib
 import glob
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,9 +51,13 @@ def read_rows(pattern: str, *, base: Path, on_error: Callable[[WhetError], None]
 
     pattern:  a path or a glob (`**` crosses folders), absolute or relative to `base`.
     on_error: called for each fault of a line or file, after which reading goes on; by default the first is raised.
-    Raises WhetError when no file matches.
+    Raises WhetError when no file matches, or the folder cannot be searched.
     """
-    for path, source in _matching_files(pattern, base):
+    try:
+        files = _matching_files(pattern, base)
+    except OSError as error:  # a folder that may not be entered, a name too long
+        raise _cannot_open(pattern, error) from error
+    for path, source in files:
         item: Row | WhetError | None = None
         for item in _read(path, source):
             if isinstance(item, WhetError):
@@ -76,7 +81,7 @@ def _read(path: Path, source: str) -> Iterator[Row | WhetError]:
 
 def _matching_files(pattern: str, base: Path) -> list[tuple[Path, str]]:
     """(path to open, name to show) of the files that match, in the order of their names."""
-    pattern = str(Path(pattern).expanduser())
+    pattern = str(Path(os.path.expanduser(pattern)))
     # A file whose own name holds glob characters is meant literally.
     names = [pattern] if (base / pattern).is_file() else glob.glob(pattern, root_dir=base, recursive=True)
     found = sorted((Path(name).as_posix(), base / name) for name in names if (base / name).is_file())
@@ -115,7 +120,11 @@ def _reader_for(path: Path, source: str) -> Reader:
 
 def _cannot_open(source: str, error: OSError) -> WhetError:
     if isinstance(error, PermissionError):
-        return WhetError("no permission to read the file", where=source, fix=f"chmod u+r {source}")
+        return WhetError(
+            "no permission to read the file",
+            where=source,
+            fix=f"chmod u+r {source}; the folders above it need u+rx",
+        )
     return WhetError(
         f"cannot read the file: {error.strerror or error}", where=source, fix="check the path and the disk"
     )
@@ -246,6 +255,8 @@ def _ragged(fields: list[str], header: list[str], where: str) -> WhetError:
 def _csv_fault(error: csv.Error, where: str) -> WhetError:
     if "field larger than field limit" in str(error):
         fix = "store documents this long as JSONL or Parquet"
+    elif "new-line character" in str(error):
+        fix = "end every line with a line feed; carriage returns alone are found in old files"
     else:
         fix = 'close the quotes of the record that starts here, and write a quote inside a field as ""'
     return WhetError(f"not valid CSV: {error}", where=where, fix=fix)
@@ -266,10 +277,13 @@ def _read_parquet(path: Path, source: str) -> Iterator[Row | WhetError]:
                 for values in batch.to_pylist():
                     number += 1
                     yield Row(values, source, number)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
+        # Arrow reports damaged pages as OSError without a number; one with a number is the file system's.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise WhetError(
             f"not readable as Parquet: {str(error).splitlines()[0]}",
-            where=f"{source}:{number + 1}" if number else source,
+            where=source,  # whole batches fail, so the row is not known
             fix="write the file again; it may have been cut short or be of another kind",
         ) from error
 

@@ -79,7 +79,11 @@ def render(
 def prompt_text(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, tools: list[Any] | None = None
 ) -> str:
-    """The text to generate from: everything before the last assistant turn, then the generation prompt."""
+    """The text to generate the last answer of a finished conversation from: all before it, then the generation prompt.
+
+    A conversation that waits for its answer is for `render(..., add_generation_prompt=True)`; without an assistant turn
+    the two are the same.
+    """
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     before = messages[: answers[-1]] if answers else messages
     return render(tokenizer, before, add_generation_prompt=True, tools=tools)
@@ -384,7 +388,8 @@ def _tokenize_by_tags(
 
 def _has_generation_tag(tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None) -> bool:
     _check_template(tokenizer)
-    return re.search(r"\{%[-+]?\s*generation\b", tokenizer.get_chat_template(tools=tools)) is not None
+    code = re.sub(r"\{#.*?#\}", "", tokenizer.get_chat_template(tools=tools), flags=re.DOTALL)  # comments may name it
+    return re.search(r"\{%[-+]?\s*generation\b", code) is not None
 
 
 def _apply(

@@ -1,0 +1,77 @@
+"""Packing moves whole documents and loses none."""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+
+import pytest
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from whet.data.pack import fill_fraction, pack
+from whet.errors import WhetError
+
+
+def documents(lengths: list[int]) -> Dataset:
+    """Documents whose tokens say which document and place they are from; every other one begins masked."""
+    ids = [[1000 * i + k for k in range(length)] for i, length in enumerate(lengths)]
+    labels = [[-100 if i % 2 and k == 0 else token for k, token in enumerate(row)] for i, row in enumerate(ids)]
+    return Dataset.from_dict({"input_ids": ids, "labels": labels, "other": ["x"] * len(ids)})
+
+
+def unpacked(packed: Dataset) -> list[tuple[list[int], list[int]]]:
+    found = []
+    for row in packed:
+        cuts = [0]
+        for length in row["seq_lengths"]:
+            cuts.append(cuts[-1] + length)
+        assert cuts[-1] == len(row["input_ids"]) == len(row["labels"])
+        found += [(row["input_ids"][a:b], row["labels"][a:b]) for a, b in pairwise(cuts)]
+    return found
+
+
+@settings(deadline=None, max_examples=20)
+@given(lengths=st.lists(st.integers(1, 32), min_size=1, max_size=40))
+def test_every_document_comes_back_whole_and_once(lengths: list[int]):
+    dataset = documents(lengths)
+    packed = pack(dataset, 32)
+    assert sorted(unpacked(packed)) == sorted(zip(dataset["input_ids"], dataset["labels"], strict=True))
+    assert max(map(len, packed["input_ids"])) <= 32
+    assert packed.column_names == ["input_ids", "labels", "seq_lengths"]
+    assert fill_fraction(packed, 32) == sum(lengths) / (32 * len(packed))
+
+
+def test_rows_are_filled_and_the_same_each_time(monkeypatch: pytest.MonkeyPatch):
+    """Mixed lengths, and several windows: the fit must be good in each, and equal documents keep their order."""
+    generator = random.Random(3)
+    lengths = [min(512, int(generator.lognormvariate(4, 1)) + 1) for _ in range(1500)]
+    packed = pack(documents(lengths), 512)
+    assert fill_fraction(packed, 512) > 0.98
+    assert pack(documents(lengths), 512)[:] == packed[:]
+    monkeypatch.setattr("whet.data.pack.WINDOW", 400)
+    windows = pack(documents(lengths), 512)
+    assert sorted(unpacked(windows)) == sorted(unpacked(packed))
+
+
+def test_equal_documents_keep_their_order():
+    """Catches a sort that is not stable: the result would differ between machines."""
+    packed = pack(documents([4] * 64), 16)
+    assert [row[0] // 1000 for row, _ in unpacked(packed)] == list(range(64))
+
+
+def test_the_collator_sees_the_boundaries():
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    packed = pack(documents([3, 5, 8]), 8)
+    batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(list(packed))
+    assert batch["position_ids"][0].tolist() == [*range(8), *range(5), *range(3)]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 8, 13, 16]
+
+
+def test_too_long_or_no_documents_are_refused():
+    with pytest.raises(WhetError, match="a row of 9 tokens does not fit into 8"):
+        pack(documents([3, 9]), 8)
+    with pytest.raises(WhetError, match="no rows"):
+        pack(documents([]), 8)

@@ -1,0 +1,185 @@
+"""Reading files into rows: what was written comes back, and every fault names its place."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from whet.data.faults import Faults
+from whet.data.read import Row, _cannot_open, read_rows
+from whet.errors import WhetError, WhetErrors
+
+JSON_VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53), 2**53)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(), children, max_size=3),
+    max_leaves=6,
+)
+RECORDS = st.lists(st.dictionaries(st.text(), JSON_VALUES, max_size=4), min_size=1, max_size=6)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("rows")
+
+
+def rows_of(folder: Path, name: str, content: str | bytes) -> list[Row]:
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+    return list(read_rows(name, base=folder))
+
+
+def fault_of(folder: Path, name: str, content: str | bytes) -> WhetError:
+    with pytest.raises(WhetError) as caught:
+        rows_of(folder, name, content)
+    assert caught.value.fix
+    return caught.value
+
+
+@settings(deadline=None, max_examples=100)
+@given(records=RECORDS, blank=st.sampled_from(["", "\n", " \n"]), mark=st.booleans(), ascii=st.booleans())
+def test_json_lines_round_trip(folder: Path, records: list[dict[str, object]], blank: str, mark: bool, ascii: bool):
+    """Catches readers that split on U+2028, choke on a byte-order mark, or count blank lines wrongly."""
+    text = "".join(blank + json.dumps(record, ensure_ascii=ascii) + "\n" for record in records)
+    rows = rows_of(folder, "a.jsonl", text.encode("utf-8-sig" if mark else "utf-8"))
+    assert [row.values for row in rows] == records
+    step = 1 + bool(blank)
+    assert [row.line for row in rows] == [step * (i + 1) for i in range(len(records))]
+
+
+@settings(deadline=None, max_examples=50)
+@given(records=RECORDS, indent=st.sampled_from([None, 2]))
+def test_json_arrays_round_trip(folder: Path, records: list[dict[str, object]], indent: int | None):
+    rows = rows_of(folder, "a.json", json.dumps(records, indent=indent))
+    assert [row.values for row in rows] == records
+    assert [row.line for row in rows] == list(range(1, len(records) + 1))
+
+
+CELLS = st.text(st.characters(exclude_characters="\r\0", exclude_categories=["Cs"]), min_size=1)
+
+
+@settings(deadline=None, max_examples=50)
+@given(rows=st.lists(st.tuples(CELLS, CELLS), min_size=1, max_size=5), extension=st.sampled_from(["csv", "tsv"]))
+def test_csv_round_trips_with_the_line_each_record_starts_on(folder: Path, rows: list[tuple[str, str]], extension: str):
+    """Catches line numbers that drift after a quoted line break."""
+    path = folder / f"a.{extension}"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, delimiter="\t" if extension == "tsv" else ",", lineterminator="\n")
+        writer.writerows([("question", "answer"), *rows])
+    read = list(read_rows(path.name, base=folder))
+    assert [(row.values["question"], row.values["answer"]) for row in read] == rows
+    line = 2
+    for row, cells in zip(read, rows, strict=True):
+        assert row.line == line
+        line += 1 + sum(cell.count("\n") for cell in cells)
+
+
+def test_parquet_keeps_nested_values(tmp_path: Path):
+    records = [{"messages": [{"role": "user", "content": "é"}], "n": 1}, {"messages": [], "n": None}]
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "a.parquet")
+    assert list(read_rows("a.parquet", base=tmp_path)) == [
+        Row(record, "a.parquet", number) for number, record in enumerate(records, start=1)
+    ]
+
+
+def test_a_text_file_is_one_document_line_ends_kept(tmp_path: Path):
+    assert rows_of(tmp_path, "a.md", "# T\r\n\nx\u2028y\n")[0].values == {"text": "# T\r\n\nx\u2028y\n"}
+
+
+def test_files_come_in_the_order_of_their_names(tmp_path: Path):
+    (tmp_path / "sub").mkdir()
+    for name in ["b.jsonl", "a.jsonl", "sub/c.jsonl", "[x].jsonl"]:
+        (tmp_path / name).write_text('{"a": 1}\n')
+    assert [row.source for row in read_rows("**/*.jsonl", base=tmp_path)] == [
+        "[x].jsonl",
+        "a.jsonl",
+        "b.jsonl",
+        "sub/c.jsonl",
+    ]
+    assert [row.source for row in read_rows("[x].jsonl", base=tmp_path)] == ["[x].jsonl"]
+    absolute = str(tmp_path / "a.jsonl")
+    assert [row.source for row in read_rows(absolute, base=Path("/"))] == [absolute]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "where", "says"),
+    [
+        ("a.jsonl", "", "a.jsonl", "empty"),
+        ("a.jsonl", "\n\n", "a.jsonl", "no rows"),
+        ("a.json", "[]", "a.json", "no rows"),
+        ("a.csv", "question,answer\n", "a.csv", "no rows"),
+        ("a.jsonl", '{"a": 1}\n{"a": }\n', "a.jsonl:2", "column 7"),
+        ("a.json", '[{"a": 1},\n {"a": 2},\n oops]', "a.json:3", "column 2"),
+        ("a.jsonl", '{"a": 1}\n[1]\n', "a.jsonl:2", "an array"),
+        ("a.jsonl", "null\n", "a.jsonl:1", "null"),
+        ("a.json", '[{"a": 1}, "x"]', "a.json:2", "a string"),
+        ("a.jsonl", "[" * 100_000, "a.jsonl:1", "cannot be read"),
+        ("a.jsonl", b'{"a": 1}\n{"a": "caf\xe9"}\n', "a.jsonl:2", "byte 0xe9 at byte 11"),
+        ("a.txt", b"\xff\xfeh\x00", "a.txt:1", "not UTF-8"),
+        ("a.csv", "a,b\n1,2\n1,2,3\n", "a.csv:3", "3 fields where the header has 2"),
+        ("a.csv", 'a,b\n"1\n2",3\n1\n', "a.csv:4", "1 fields"),
+        ("a.csv", "a,b,a\n1,2,3\n", "a.csv:1", "'a' appears twice"),
+        ("a.csv", 'a,b\n1,2\n"x,3\n', "a.csv:3", "not valid CSV"),
+        ("a.csv", "a\n" + "x" * 200_000 + "\n", "a.csv:2", "field limit"),
+        ("a.parquet", b"PAR1 this is no table PAR1", "a.parquet", "not readable as Parquet"),
+        ("a.xlsx", b"PK", "a.xlsx", ".xlsx"),
+        ("data", b"x", "data", "without extension"),
+    ],
+)
+def test_faults_name_the_place_and_the_fix(tmp_path: Path, name: str, content: str | bytes, where: str, says: str):
+    error = fault_of(tmp_path, name, content)
+    assert error.where == where
+    assert says in error.what
+
+
+def test_a_path_that_matches_nothing_gets_near_names(tmp_path: Path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "tickets.jsonl").write_text('{"a": 1}\n')
+    for pattern, near in [
+        ("data/ticket.jsonl", "tickets.jsonl"),
+        ("dat/tickets.jsonl", "data/"),
+        ("data/*.csv", "tickets.jsonl"),
+        ("data", "data/*.jsonl"),
+        ("nowhere/**/x.csv", "data/"),
+    ]:
+        with pytest.raises(WhetError) as caught:
+            list(read_rows(pattern, base=tmp_path))
+        assert near in (caught.value.fix or ""), pattern
+
+
+def test_reading_goes_on_after_a_fault_and_names_them_all(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\noops\n{"a": 2}\n[]\n')
+    (tmp_path / "b.jsonl").write_text("")
+    (tmp_path / "c.jsonl").write_text('{"a": 3}\n')
+    faults: list[WhetError] = []
+    rows = list(read_rows("*.jsonl", base=tmp_path, on_error=faults.append))
+    assert [row.values["a"] for row in rows] == [1, 2, 3]
+    assert [fault.where for fault in faults] == ["a.jsonl:2", "a.jsonl:4", "b.jsonl"]
+
+
+def test_twenty_faults_are_enough(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text("oops\n" * 100)
+    with pytest.raises(WhetErrors) as caught:
+        list(read_rows("a.jsonl", base=tmp_path, on_error=Faults().add))
+    assert len(caught.value.errors) == 21
+    assert "may be more" in str(caught.value)
+
+
+def test_no_permission_says_so(tmp_path: Path):
+    assert "chmod" in (_cannot_open("a.jsonl", PermissionError(13, "Permission denied")).fix or "")
+    if os.geteuid() == 0:
+        pytest.skip("root may read every file")
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    (tmp_path / "a.jsonl").chmod(0)
+    with pytest.raises(WhetError, match="no permission"):
+        list(read_rows("a.jsonl", base=tmp_path))

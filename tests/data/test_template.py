@@ -1,0 +1,356 @@
+"""Labels lie on the assistant's own tokens, exactly; nothing is masked, cut or refused in silence."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from tests.data.conftest import build_tokenizer
+from whet.data.chat_formats import CHAT_FORMATS, EOS, ChatFormat, find_format
+from whet.data.chat_templates import get_chat_template
+from whet.data.examples import Conversation, Example, Preference, Text
+from whet.data.template import (
+    IGNORE,
+    fingerprint,
+    mask_by_markers,
+    prepare_sft,
+    preview,
+    prompt_text,
+    render,
+    tokenize_conversation,
+    tokenize_text,
+)
+from whet.errors import WhetError, WhetErrors
+
+CHAT = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Yo"},
+    {"role": "user", "content": "Bye"},
+    {"role": "assistant", "content": "Ciao"},
+]
+
+
+@cache
+def named(name: str, trim_offsets: bool = False) -> PreTrainedTokenizerFast:
+    return get_chat_template(build_tokenizer(trim_offsets=trim_offsets), name)
+
+
+def with_template(template: str) -> PreTrainedTokenizerFast:
+    tokenizer = copy.deepcopy(named("chatml"))
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def labelled_runs(tokenizer: PreTrainedTokenizerFast, input_ids: list[int], labels: list[int]) -> list[str]:
+    """The text of each unbroken run of labels; every label must be the token it stands at."""
+    assert len(labels) == len(input_ids)
+    assert all(label in (IGNORE, token) for token, label in zip(input_ids, labels, strict=True))
+    runs = groupby(labels, key=lambda label: label != IGNORE)
+    return [tokenizer.decode(list(run), clean_up_tokenization_spaces=False) for learn, run in runs if learn]
+
+
+def written_by_model(chat_format: ChatFormat, content: str) -> str:
+    stop = chat_format.end_token or "</s>"
+    return chat_format.lead + content + stop
+
+
+WORDS = st.text(st.characters(exclude_categories=["Cs", "Cc", "Co", "Z"]), min_size=1, max_size=6)
+GAPS = st.sampled_from([" ", "\n", "\n\n", "  ", "\t", "\u2028"])
+CONTENT = st.lists(st.one_of(WORDS, st.tuples(WORDS, GAPS, WORDS).map("".join)), min_size=1, max_size=4).map(" ".join)
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> list[dict[str, str]]:
+    system = [{"role": "system", "content": draw(CONTENT)}] if draw(st.booleans()) else []
+    turns = draw(st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=3))
+    pairs = [[{"role": "user", "content": asked}, {"role": "assistant", "content": answer}] for asked, answer in turns]
+    return system + [message for pair in pairs for message in pair]
+
+
+@pytest.mark.parametrize("trim_offsets", [False, True])
+@pytest.mark.parametrize("name", [chat_format.name for chat_format in CHAT_FORMATS])
+@settings(deadline=None, max_examples=25)
+@given(messages=conversations())
+def test_labels_are_the_answers_and_their_stop_tokens_exactly(
+    name: str, trim_offsets: bool, messages: list[dict[str, str]]
+):
+    """Catches a mask that is off by a token at either end, in any turn, for any text, and the template's line break
+    after the stop token being learned."""
+    tokenizer, chat_format = named(name, trim_offsets), find_format(name)
+    tokenized = tokenize_conversation(tokenizer, messages, max_length=100_000)
+    answers = [written_by_model(chat_format, m["content"]) for m in messages if m["role"] == "assistant"]
+    assert labelled_runs(tokenizer, tokenized.input_ids, tokenized.labels) == answers
+    assert tokenizer.decode(tokenized.input_ids, clean_up_tokenization_spaces=False) == render(tokenizer, messages)
+    last = tokenize_conversation(tokenizer, messages, train_on="last", max_length=100_000)
+    assert labelled_runs(tokenizer, last.input_ids, last.labels) == answers[-1:]
+    everything = tokenize_conversation(tokenizer, messages, train_on="all", max_length=100_000)
+    assert everything.labels == everything.input_ids == tokenized.input_ids
+
+
+@pytest.mark.parametrize("name", [chat_format.name for chat_format in CHAT_FORMATS])
+@settings(deadline=None, max_examples=15)
+@given(messages=conversations())
+def test_markers_find_the_same_answers(name: str, messages: list[dict[str, str]]):
+    """What follows the response marker up to the next instruction marker; the format's own line breaks come too."""
+    tokenizer, chat_format = named(name), find_format(name)
+    input_ids = tokenize_conversation(tokenizer, messages, max_length=100_000).input_ids
+    labels = mask_by_markers(tokenizer, input_ids, chat_format.instruction_part, chat_format.response_part)
+    after = chat_format.assistant.after.replace(EOS, "</s>")
+    answers = [chat_format.lead + m["content"] + after for m in messages if m["role"] == "assistant"]
+    assert labelled_runs(tokenizer, input_ids, labels) == answers
+
+
+@pytest.mark.parametrize("name", ["chatml", "alpaca", "qwen-3", "zephyr"])
+@pytest.mark.parametrize("content", ["\n\nYes", "\nYes", " Yes", "\n"])
+def test_no_prompt_character_is_learned_where_tokens_straddle(name: str, content: str):
+    """Catches a label on a token such as two line breaks, of which one is the prompt's."""
+    tokenizer, chat_format = named(name), find_format(name)
+    messages = [CHAT[0], {"role": "assistant", "content": content}]
+    tokenized = tokenize_conversation(tokenizer, messages, max_length=1000)
+    (run,) = labelled_runs(tokenizer, tokenized.input_ids, tokenized.labels)
+    assert written_by_model(chat_format, content).endswith(run)
+    assert run.endswith(written_by_model(chat_format, content.strip()))
+
+
+def test_a_marker_merged_with_its_neighbours_is_still_found():
+    """Catches a search among token ids: the marker's outer line breaks are one token with the text beside them."""
+    tokenizer = named("alpaca")
+    text = "### Instruction:\nA\n\n\n\n### Response:\n\n\nYes</s>\n\n### Instruction:\nB\n\n### Response:\nNo"
+    input_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    runs = labelled_runs(
+        tokenizer, input_ids, mask_by_markers(tokenizer, input_ids, "### Instruction:\n", "### Response:\n")
+    )
+    assert [run.strip("\n") for run in runs] == ["Yes</s>", "No"]
+    # Line breaks that a marker names are its own, at either end.
+    runs = labelled_runs(
+        tokenizer, input_ids, mask_by_markers(tokenizer, input_ids, "\n\n### Instruction:", "### Response:")
+    )
+    assert [run.lstrip("\n") for run in runs] == ["Yes</s>", "No"]
+
+
+def test_markers_survive_a_cut_and_characters_of_several_tokens():
+    tokenizer, chat_format = named("chatml"), find_format("chatml")
+    messages = [{"role": "user", "content": "漢字😀"}, {"role": "assistant", "content": "😀漢字😀"}]
+    whole = tokenize_conversation(tokenizer, messages, max_length=1000)
+    markers = (chat_format.instruction_part, chat_format.response_part)
+    expected = mask_by_markers(tokenizer, whole.input_ids, *markers)
+    for length in range(len(whole.input_ids)):
+        assert mask_by_markers(tokenizer, whole.input_ids[:length], *markers) == expected[:length]
+
+
+def test_markers_that_are_absent_or_unusable_do_not_pass_in_silence():
+    tokenizer = named("chatml")
+    input_ids = tokenize_conversation(tokenizer, CHAT, max_length=1000).input_ids
+    assert set(mask_by_markers(tokenizer, input_ids, "[INST]", "[/INST]")) == {IGNORE}
+    for markers in [("\n", "<|im_start|>assistant\n"), ("user", "user\n")]:
+        with pytest.raises(WhetError, match="cannot tell prompts from answers"):
+            mask_by_markers(tokenizer, input_ids, *markers)
+
+
+def test_spaces_that_offsets_leave_out_stay_with_the_prompt():
+    """Catches a label on the prompt's last spaces, whose offsets such tokenizers put where the answer begins."""
+    tokenizer = build_tokenizer(trim_offsets=True)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ':  ' + m['content'] + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:  ' }}{% endif %}"
+    )
+    messages = [CHAT[0], {"role": "assistant", "content": "\nYes"}]
+    tokenized = tokenize_conversation(tokenizer, messages, max_length=1000)
+    assert labelled_runs(tokenizer, tokenized.input_ids, tokenized.labels) == ["\nYes</s>"]
+
+
+def test_generation_tags_decide_where_the_template_has_them():
+    """Both answers carry the tags, the user turns not; a tag named in a comment counts for nothing."""
+    tagged = with_template(
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+        "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
+        "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    )
+    for train_on, runs in [("responses", ["Yo<|im_end|>", "Ciao<|im_end|>"]), ("last", ["Ciao<|im_end|>"])]:
+        tokenized = tokenize_conversation(tagged, CHAT, train_on=train_on, max_length=1000)
+        assert labelled_runs(tagged, tokenized.input_ids, tokenized.labels) == runs
+    commented = with_template("{# {% generation %} #}" + named("chatml").chat_template)
+    tokenized = tokenize_conversation(commented, CHAT, max_length=1000)
+    assert labelled_runs(commented, tokenized.input_ids, tokenized.labels) == ["Yo<|im_end|>", "Ciao<|im_end|>"]
+
+
+def test_a_last_turn_may_be_written_differently():
+    """Catches an end found by rendering the conversation only up to a turn: here the last answer alone gets a thought
+    and the whole ends with a further token."""
+    tokenizer = with_template(
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+        "{% if loop.last and m['role'] == 'assistant' %}{{ '<think></think>' }}{% endif %}"
+        "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% else %}{{ eos_token }}{% endif %}"
+    )
+    tokenized = tokenize_conversation(tokenizer, CHAT, max_length=1000)
+    runs = labelled_runs(tokenizer, tokenized.input_ids, tokenized.labels)
+    assert runs == ["Yo<|im_end|>", "<think></think>Ciao<|im_end|>"]
+
+
+def test_tool_calls_belong_to_the_turn():
+    tokenizer = with_template(
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+        "{% for call in m['tool_calls'] %}{{ '<call>' + call['function']['name'] + '</call>' }}{% endfor %}"
+        "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add"}}]}
+    messages = [CHAT[0], call, {"role": "tool", "content": "3"}, CHAT[1]]
+    tokenized = tokenize_conversation(tokenizer, messages, max_length=1000)
+    runs = labelled_runs(tokenizer, tokenized.input_ids, tokenized.labels)
+    assert runs == ["<call>add</call><|im_end|>", "Yo<|im_end|>"]
+
+
+def test_a_stop_spelled_in_plain_text_is_learned_too():
+    tokenizer = with_template(
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\nSTOP\n\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    tokenized = tokenize_conversation(tokenizer, CHAT, max_length=1000)
+    runs = labelled_runs(tokenizer, tokenized.input_ids, tokenized.labels)
+    assert [run.strip() for run in runs] == ["Yo\nSTOP", "Ciao\nSTOP"]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        # the prompt opens a thought that the history does not have
+        "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:<think>' }}{% endif %}",
+        # the number of messages comes first
+        "{{ messages | length }}{% for m in messages %}{{ m['role'] + ':' + m['content'] + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}",
+        # the prompt already holds the answer and its end
+        "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:Yo<|im_end|>' }}{% endif %}",
+        # answers are left out
+        "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}",
+    ],
+)
+def test_a_template_that_rewrites_the_prompt_is_refused(template: str):
+    with pytest.raises(WhetError, match="message 1: the tokenizer's chat template does not keep") as caught:
+        tokenize_conversation(with_template(template), CHAT, max_length=1000)
+    assert "train_on" in (caught.value.fix or "")
+
+
+def test_no_template_and_no_messages_say_what_to_do(tokenizer: PreTrainedTokenizerFast):
+    with pytest.raises(WhetError, match=r"template: chatml\), or call get_chat_template"):
+        tokenize_conversation(tokenizer, CHAT, max_length=10)
+    with pytest.raises(WhetError, match="no messages"):
+        render(named("chatml"), [])
+    with pytest.raises(WhetError, match="train_on"):
+        tokenize_conversation(named("chatml"), CHAT, max_length=10, train_on="prompts")  # type: ignore[arg-type]
+
+
+def test_an_answer_may_open_the_conversation():
+    tokenizer = named("chatml")
+    tokenized = tokenize_conversation(tokenizer, CHAT[1:], max_length=1000)
+    assert labelled_runs(tokenizer, tokenized.input_ids, tokenized.labels) == ["Yo<|im_end|>", "Ciao<|im_end|>"]
+
+
+def test_long_rows_are_cut_and_say_so():
+    whole = tokenize_conversation(named("chatml"), CHAT, max_length=1000)
+    length = len(whole.input_ids)
+    assert not whole.truncated
+    assert not tokenize_conversation(named("chatml"), CHAT, max_length=length).truncated
+    cut = tokenize_conversation(named("chatml"), CHAT, max_length=length - 1)
+    assert cut.truncated
+    assert (cut.input_ids, cut.labels) == (whole.input_ids[:-1], whole.labels[:-1])
+
+
+def test_prompt_text_is_what_the_last_answer_follows():
+    tokenizer = named("gemma")
+    text = render(tokenizer, CHAT)
+    assert prompt_text(tokenizer, CHAT) == text.removesuffix("Ciao<end_of_turn>\n")
+    assert prompt_text(tokenizer, CHAT[:1]) == prompt_text(tokenizer, CHAT[:2])
+
+
+def test_raw_text_ends_with_one_end_token(tokenizer: PreTrainedTokenizerFast):
+    for text in ("Hi there", "Hi there</s>"):
+        tokenized = tokenize_text(tokenizer, text, max_length=100)
+        assert tokenizer.decode(tokenized.input_ids) == "Hi there</s>"
+        assert tokenized.labels == tokenized.input_ids
+    assert tokenize_text(tokenizer, "Hi there", max_length=2).truncated
+
+
+def test_raw_text_begins_with_one_first_token():
+    """Catches the doubled first token of a text that was rendered by a chat template before."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = build_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    for text in ("Hi", "<s>Hi"):
+        assert tokenizer.decode(tokenize_text(tokenizer, text, max_length=100).input_ids) == "<s>Hi</s>"
+    tokenizer.eos_token = None
+    with pytest.raises(WhetError, match="no end-of-sequence token"):
+        tokenize_text(tokenizer, "Hi", max_length=100)
+
+
+def test_the_fingerprint_follows_template_and_vocabulary_alone(tmp_path: Path):
+    """Catches a digest that padding or cutting a batch changes, or that a saved copy does not share."""
+    tokenizer = get_chat_template(build_tokenizer(), "chatml")
+    before = fingerprint(tokenizer)
+    tokenizer(["a", "b c d"], padding=True, truncation=True, max_length=2)
+    assert fingerprint(tokenizer) == before
+    tokenizer.save_pretrained(tmp_path)
+    assert fingerprint(AutoTokenizer.from_pretrained(tmp_path)) == before
+    tokenizer.add_tokens(["<new>"])
+    assert fingerprint(tokenizer) != before
+    assert fingerprint(named("gemma")) != fingerprint(named("phi-3"))
+
+
+def conversation(messages: list[dict[str, Any]], line: int = 1) -> Example:
+    return Conversation(messages=messages, source="a.jsonl", line=line)
+
+
+def test_prepare_counts_what_it_cuts_and_drops():
+    tokenizer = named("chatml")
+    long_prompt = [{"role": "user", "content": "word " * 50}, CHAT[1]]
+    long_answer = [CHAT[0], {"role": "assistant", "content": "word " * 50}]
+    text = Text(text="plain text", source="a.txt", line=1)
+    examples = [conversation(CHAT), conversation(long_prompt), conversation(long_answer), text]
+    dataset, counts = prepare_sft(tokenizer, examples, max_length=40)
+    assert (counts.rows, counts.truncated, counts.all_masked) == (3, 1, 1)
+    assert dataset.column_names == ["input_ids", "labels"]
+    assert counts.tokens == sum(map(len, dataset["input_ids"]))
+    assert counts.label_tokens == sum(label != IGNORE for labels in dataset["labels"] for label in labels)
+    expected = tokenize_conversation(tokenizer, CHAT, max_length=40)
+    assert dataset[0] == {"input_ids": expected.input_ids, "labels": expected.labels}
+
+
+def test_all_rows_masked_is_an_error():
+    prompt = [{"role": "user", "content": "word " * 50}, CHAT[1]]
+    with pytest.raises(WhetError, match="not one of 2 rows has a label left after it is cut to 10 tokens"):
+        prepare_sft(named("chatml"), [conversation(prompt)] * 2, max_length=10)
+    with pytest.raises(WhetError, match="not one of 1 rows"):  # nothing predicts a first token
+        prepare_sft(named("chatml"), [Text(text="Hi", source="a.txt", line=1)], max_length=1)
+    with pytest.raises(WhetError, match="no examples"):
+        prepare_sft(named("chatml"), [], max_length=10)
+
+
+def test_prepare_names_every_row_that_fails():
+    tool = [CHAT[0], {"role": "tool", "content": "3"}, CHAT[1]]
+    pair = Preference(prompt=CHAT[:1], chosen=CHAT[1:2], rejected=CHAT[3:], source="p.jsonl", line=5)
+    with pytest.raises(WhetErrors) as caught:
+        prepare_sft(named("mistral"), [conversation(tool, 3), conversation(CHAT), pair], max_length=100)
+    assert [error.where for error in caught.value.errors] == ["a.jsonl:3", "p.jsonl:5"]
+    with pytest.raises(WhetError, match="no chat template"):
+        prepare_sft(build_tokenizer(), [conversation(CHAT)], max_length=100)
+
+
+def test_the_preview_dims_what_is_masked():
+    tokenizer = named("chatml")
+    shown = preview(tokenizer, tokenize_conversation(tokenizer, CHAT, max_length=1000))
+    assert shown.plain == render(tokenizer, CHAT)
+    bright = [shown.plain[span.start : span.end] for span in shown.spans if span.style != "dim"]
+    assert bright == ["Yo<|im_end|>", "Ciao<|im_end|>"]
