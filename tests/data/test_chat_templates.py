@@ -8,6 +8,7 @@ import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from whet.data.chat_formats import CHAT_FORMATS
 from whet.data.chat_templates import get_chat_template, merge_columns, standardize_data_formats, to_sharegpt
 from whet.data.template import render
 from whet.errors import WhetError
@@ -50,9 +51,26 @@ def test_the_sharegpt_mapping_renders_the_same_text_from_both_spellings(tokenize
         assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == standard
 
 
+def test_a_name_like_no_other_gets_the_list(tokenizer: PreTrainedTokenizerFast):
+    with pytest.raises(WhetError, match="no chat template is called '!'") as caught:
+        get_chat_template(tokenizer, "!")
+    assert all(chat_format.name in (caught.value.fix or "") for chat_format in CHAT_FORMATS)
+    assert tokenizer.chat_template is None
+
+
+def test_a_system_message_fills_in_where_a_conversation_has_none(tokenizer: PreTrainedTokenizerFast):
+    get_chat_template(tokenizer, "qwen-2.5", system_message="Be brief.")
+    assert render(tokenizer, CHAT).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user")
+    own = [{"role": "system", "content": "Own."}, *CHAT]
+    assert render(tokenizer, own).startswith("<|im_start|>system\nOwn.<|im_end|>\n<|im_start|>user")
+    get_chat_template(tokenizer, "qwen-2.5", system_message="")
+    assert render(tokenizer, CHAT).startswith("<|im_start|>user")
+
+
 def test_an_unknown_mapping_key_is_refused(tokenizer: PreTrainedTokenizerFast):
-    with pytest.raises(WhetError, match="unknown key 'human'"):
+    with pytest.raises(WhetError, match="unknown key 'human'") as caught:
         get_chat_template(tokenizer, "chatml", mapping={"human": "user"})
+    assert caught.value.fix == "use role, content, user, assistant"
 
 
 @pytest.mark.parametrize(
@@ -78,6 +96,16 @@ def test_tool_calls_are_kept():
     assert dataset[0]["conversations"][1]["tool_calls"] == [{"name": "add"}]
 
 
+def test_a_tool_call_may_come_late():
+    """Catches columns inferred from the first thousand rows: the call after them failed with a TypeError."""
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "add"}]}
+    rows = [{"messages": CHAT, "id": 1}] * 1001 + [{"messages": [CHAT[0], call], "id": 2}]
+    for dataset in (Dataset.from_list(rows), Dataset.from_list(rows).to_iterable_dataset()):
+        *_, last = standardize_data_formats(dataset)
+        assert last["id"] == 2
+        assert last["conversations"][1]["tool_calls"] == [{"name": "add"}]
+
+
 def test_a_row_of_no_such_shape_is_named():
     rows = [{"prompt": "Hi", "completion": "Yo"}, {"prompt": "Hi", "completion": " "}]
     with pytest.raises(WhetError, match="dataset row:1: completion is empty"):
@@ -93,6 +121,12 @@ def test_a_merged_prompt_drops_optional_parts_with_an_empty_column():
     full = {"instruction": "Do {input}", "input": 0, "unit": "m", "note": None}
     assert merge_columns(prompt, full) == "Do {input}\nInput: 0 (m)\n!"
     assert merge_columns(prompt, {**full, "unit": ""}) == "Do {input}\n!"
+
+
+def test_to_sharegpt_leaves_out_optional_parts_row_by_row():
+    rows = [{"q": "Add", "x": "1 2", "a": "3"}, {"q": "Sing", "x": "", "a": "la"}, {"q": "Wait", "x": None, "a": "ok"}]
+    dataset = to_sharegpt(Dataset.from_list(rows), "{q}.[[ Use: {x}.]]", "a")
+    assert [turns[0]["value"] for turns in dataset["conversations"]] == ["Add. Use: 1 2.", "Sing.", "Wait."]
 
 
 def test_to_sharegpt_makes_exchanges_and_longer_conversations():

@@ -75,3 +75,24 @@ def test_too_long_or_no_documents_are_refused():
         pack(documents([3, 9]), 8)
     with pytest.raises(WhetError, match="no rows"):
         pack(documents([]), 8)
+
+
+def test_documents_go_to_the_tightest_row_longest_first():
+    """Catches cut documents, and first-fit, which would put the 1 beside the 13."""
+    packed = pack(documents([1, 10, 13, 11]), 22)
+    assert sorted(map(sorted, packed["seq_lengths"])) == [[1, 10, 11], [13]]
+    assert fill_fraction(packed, 22) == 35 / 44
+
+
+def test_a_document_of_the_full_length_fills_a_row():
+    packed = pack(documents([8, 8]), 8)
+    assert packed["seq_lengths"] == [[8], [8]]
+    assert fill_fraction(packed, 8) == 1.0
+
+
+def test_chat_like_lengths_leave_few_tokens_unused():
+    """Half short questions, a third middling, some at the limit: rows of 2048 are at least 95% full."""
+    generator = random.Random(11)
+    kinds = [(20, 200)] * 5 + [(200, 900)] * 4 + [(2000, 2048)]
+    lengths = [generator.randint(*generator.choice(kinds)) for _ in range(600)]
+    assert fill_fraction(pack(documents(lengths), 2048), 2048) >= 0.95

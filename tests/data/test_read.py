@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import os
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from whet.data.faults import Faults
-from whet.data.read import Row, _cannot_open, read_rows
+from whet.data.read import READERS, Row, read_rows
 from whet.errors import WhetError, WhetErrors
 
 JSON_VALUES = st.recursive(
@@ -55,6 +58,7 @@ def test_json_lines_round_trip(folder: Path, records: list[dict[str, object]], b
     assert [row.values for row in rows] == records
     step = 1 + bool(blank)
     assert [row.line for row in rows] == [step * (i + 1) for i in range(len(records))]
+    assert {row.source for row in rows} == {"a.jsonl"}
 
 
 @settings(deadline=None, max_examples=50)
@@ -65,7 +69,8 @@ def test_json_arrays_round_trip(folder: Path, records: list[dict[str, object]], 
     assert [row.line for row in rows] == list(range(1, len(records) + 1))
 
 
-CELLS = st.text(st.characters(exclude_characters="\r\0", exclude_categories=["Cs"]), min_size=1)
+CELL_CHARACTERS = st.sampled_from('a\n",\t ') | st.characters(exclude_characters="\r\0", exclude_categories=["Cs"])
+CELLS = st.text(CELL_CHARACTERS, min_size=1)
 
 
 @settings(deadline=None, max_examples=50)
@@ -90,6 +95,102 @@ def test_parquet_keeps_nested_values(tmp_path: Path):
     assert list(read_rows("a.parquet", base=tmp_path)) == [
         Row(record, "a.parquet", number) for number, record in enumerate(records, start=1)
     ]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    records=st.lists(
+        st.fixed_dictionaries(
+            {
+                "text": st.none() | st.text(),
+                "count": st.none() | st.integers(-(2**63), 2**63 - 1),
+                "share": st.none() | st.floats(allow_nan=False),
+                "turns": st.none()
+                | st.lists(st.fixed_dictionaries({"role": st.text(), "content": st.text()}), max_size=3),
+            }
+        ),
+        min_size=1,
+        max_size=8,
+    ),
+    row_group=st.integers(1, 4),
+)
+def test_parquet_round_trips_across_row_groups(folder: Path, records: list[dict[str, object]], row_group: int):
+    turn = pa.struct({"role": pa.string(), "content": pa.string()})
+    schema = pa.schema({"text": pa.string(), "count": pa.int64(), "share": pa.float64(), "turns": pa.list_(turn)})
+    pq.write_table(pa.Table.from_pylist(records, schema), folder / "p.parquet", row_group_size=row_group)
+    assert list(read_rows("p.parquet", base=folder)) == [
+        Row(record, "p.parquet", number) for number, record in enumerate(records, start=1)
+    ]
+
+
+def test_parquet_rows_are_numbered_through_the_whole_file(tmp_path: Path):
+    """Catches numbers that start again in each batch of 65,536 rows."""
+    pq.write_table(pa.table({"n": range(1, 70_001)}), tmp_path / "a.parquet")
+    assert all(row.line == row.values["n"] for row in read_rows("a.parquet", base=tmp_path))
+
+
+def test_extensions_in_capitals_and_ndjson(tmp_path: Path):
+    for name in ("A.JSONL", "a.ndjson", "a.json"):
+        assert rows_of(tmp_path, name, '{"a": 1}\n{"a": 2}\n')[1] == Row({"a": 2}, name, 2)
+    assert rows_of(tmp_path, "A.TSV", "a\tb\r\n1\t2, 3\r\n")[0].values == {"a": "1", "b": "2, 3"}
+
+
+@pytest.mark.parametrize("extension", sorted(set(READERS) - {".parquet"}))
+@settings(deadline=None, max_examples=40)
+@given(content=st.binary(max_size=40) | st.text('[]{}":,01\n\r\t \\u\0é', max_size=40).map(str.encode))
+def test_no_content_makes_a_traceback(folder: Path, extension: str, content: bytes):
+    """Whatever the bytes, what comes out is rows or faults that name the file and the fix."""
+    (folder / f"f{extension}").write_bytes(content)
+    faults: list[WhetError] = []
+    rows = list(read_rows(f"f{extension}", base=folder, on_error=faults.append))
+    assert rows or faults
+    assert all(fault.fix and str(fault.where).startswith(f"f{extension}") for fault in faults)
+
+
+def test_damaged_parquet_is_called_so(tmp_path: Path):
+    """Catches damage taken for a fault of the disk, and wrong text or dates that end in a traceback."""
+    good = tmp_path / "good.parquet"
+    pq.write_table(pa.table({"text": [f"row {i}" for i in range(3000)]}), good)
+    content = bytearray(good.read_bytes())
+    cut = bytes(content[:-20])
+    content[len(content) // 4 : len(content) // 2] = bytes(len(content) // 2 - len(content) // 4)
+    latin = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\4\0\0\0"), pa.py_buffer(b"caf\xe9")])
+    pq.write_table(pa.table({"text": latin}), tmp_path / "latin.parquet")
+    pq.write_table(pa.table({"day": pa.array([10**9], pa.int32()).cast(pa.date32())}), tmp_path / "date.parquet")
+    for name, damaged in (
+        ("a.parquet", cut),
+        ("a.parquet", bytes(content)),
+        ("a.parquet", b""),
+        ("latin.parquet", (tmp_path / "latin.parquet").read_bytes()),
+        ("date.parquet", (tmp_path / "date.parquet").read_bytes()),
+    ):
+        error = fault_of(tmp_path, name, damaged)
+        assert error.what.startswith("not readable as Parquet"), name
+        assert error.where == name
+
+
+def test_parquet_with_a_column_twice_or_no_rows(tmp_path: Path):
+    pq.write_table(pa.table([[1], [2]], names=["a", "a"]), tmp_path / "twice.parquet")
+    pq.write_table(pa.table({"a": pa.array([], pa.int64())}), tmp_path / "none.parquet")
+    for name, says in (("twice.parquet", "'a' appears twice"), ("none.parquet", "no rows")):
+        with pytest.raises(WhetError, match=says) as caught:
+            list(read_rows(name, base=tmp_path))
+        assert caught.value.where == name
+
+
+def test_old_line_ends_get_their_own_fix(tmp_path: Path):
+    """Catches the advice to close quotes that the file does not have."""
+    assert "line feed" in (fault_of(tmp_path, "a.csv", "a,b\r1,2\r").fix or "")
+
+
+@pytest.mark.parametrize(
+    "pattern", ["x" * 300 + ".jsonl", "~nobody-of-this-name/a.jsonl", "x\0.jsonl", "", "f.jsonl/a"]
+)
+def test_impossible_paths_are_faults(tmp_path: Path, pattern: str):
+    (tmp_path / "f.jsonl").write_text("{}\n")
+    with pytest.raises(WhetError) as caught:
+        list(read_rows(pattern, base=tmp_path))
+    assert caught.value.fix
 
 
 def test_a_text_file_is_one_document_line_ends_kept(tmp_path: Path):
@@ -176,10 +277,38 @@ def test_twenty_faults_are_enough(tmp_path: Path):
 
 
 def test_no_permission_says_so(tmp_path: Path):
-    assert "chmod" in (_cannot_open("a.jsonl", PermissionError(13, "Permission denied")).fix or "")
-    if os.geteuid() == 0:
-        pytest.skip("root may read every file")
-    (tmp_path / "a.jsonl").write_text("{}\n")
+    """Catches a traceback for a file that may not be read, and for a folder that may not be entered.
+
+    Root may read everything, so the reading is done by a process that has given root up.
+    """
+    (tmp_path / "locked").mkdir()
+    for name in ("a.jsonl", "locked/b.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    script = """
+        import os
+        from pathlib import Path
+        from whet.data.read import read_rows
+        from whet.errors import WhetError
+
+        if os.geteuid() == 0:
+            os.setgroups([])
+            os.setuid(65534)
+        for pattern in ("a.jsonl", "locked/b.jsonl", "locked/*.jsonl"):
+            try:
+                list(read_rows(pattern, base=Path(".")))
+            except WhetError as error:
+                print(error.where, "|", error.what, "|", error.fix)
+    """
+    tmp_path.chmod(0o755)
     (tmp_path / "a.jsonl").chmod(0)
-    with pytest.raises(WhetError, match="no permission"):
-        list(read_rows("a.jsonl", base=tmp_path))
+    (tmp_path / "locked").chmod(0)
+    try:
+        command = [sys.executable, "-c", textwrap.dedent(script)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    finally:
+        (tmp_path / "locked").chmod(0o700)
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert [line.split(" | ")[0] for line in lines] == ["a.jsonl", "locked/b.jsonl", "locked/*.jsonl"]
+    assert all("no permission" in line and "chmod" in line for line in lines)

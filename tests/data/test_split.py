@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -65,3 +67,47 @@ def test_faults_name_the_column_the_share_or_the_empty_side():
         split(FIXED[:2], 1e-9)
     with pytest.raises(WhetError, match="none is left for training"):
         split(FIXED[:2], 1 - 1e-9)
+
+
+def test_the_share_of_groups_is_about_right_however_large_they_are():
+    """Catches a share that is taken of rows: groups of 1 to 9 rows, 2000 of them, are split 30 to 70."""
+    rows = [
+        Text(text=f"{group}-{i}", source="a", line=i, extra={"customer": f"c{group}"})
+        for group in range(2000)
+        for i in range(group % 9 + 1)
+    ]
+    train, held_out = split(rows, 0.3, key="customer")
+    groups = {e.extra["customer"] for e in held_out}
+    assert 540 < len(groups) < 660
+    assert not groups & {e.extra["customer"] for e in train}
+    assert [e.id for e in train] == [e.id for e in rows if e.extra["customer"] not in groups]
+
+
+@pytest.mark.parametrize(
+    ("values", "held_out_lines"),
+    [
+        ([f"customer {i}" for i in range(12)], [4, 10]),
+        ([*range(12)], [0, 5]),
+        ([datetime.date(2026, 1, i + 1) for i in range(12)], [0, 10]),
+        ([{"b": i, "a": "é"} for i in range(12)], [1, 4, 11]),
+    ],
+)
+def test_groups_of_every_type_fall_on_sides_written_down_once(values: list[object], held_out_lines: list[int]):
+    rows = [Text(text="x", source="a", line=i, extra={"group": value}) for i, value in enumerate(values)]
+    _, held_out = split(rows, 0.3, key="group", seed=3)
+    assert [example.line for example in held_out] == held_out_lines
+
+
+def test_equal_content_stays_together_without_a_key():
+    twice = texts([f"row {i}" for i in range(200)] * 2)
+    train, held_out = split(twice, 0.3)
+    assert not {e.id for e in train} & {e.id for e in held_out}
+
+
+@pytest.mark.parametrize("value", [None, "absent"])
+def test_a_row_without_its_group_is_named(value: str | None):
+    extra = {"customer": None, "date": 1} if value is None else {"date": 1}
+    with pytest.raises(WhetError) as caught:
+        split([*FIXED, Text(text="x", source="b.csv", line=9, extra=extra)], 0.1, key="customer")
+    assert caught.value.where == "b.csv:9"
+    assert "date" in (caught.value.fix or "")

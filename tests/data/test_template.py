@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import copy
-from functools import cache
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from tests.data.conftest import build_tokenizer
-from whet.data.chat_formats import CHAT_FORMATS, EOS, ChatFormat, find_format
+from tests.data.conftest import CHAT, build_tokenizer, conversations, labelled_runs, named, written_by_model
+from whet.data.chat_formats import CHAT_FORMATS, find_format
 from whet.data.chat_templates import get_chat_template
 from whet.data.examples import Conversation, Example, Preference, Text
 from whet.data.template import (
     IGNORE,
     fingerprint,
-    mask_by_markers,
     prepare_sft,
     preview,
     prompt_text,
@@ -30,49 +26,11 @@ from whet.data.template import (
 )
 from whet.errors import WhetError, WhetErrors
 
-CHAT = [
-    {"role": "user", "content": "Hi"},
-    {"role": "assistant", "content": "Yo"},
-    {"role": "user", "content": "Bye"},
-    {"role": "assistant", "content": "Ciao"},
-]
-
-
-@cache
-def named(name: str, trim_offsets: bool = False) -> PreTrainedTokenizerFast:
-    return get_chat_template(build_tokenizer(trim_offsets=trim_offsets), name)
-
 
 def with_template(template: str) -> PreTrainedTokenizerFast:
     tokenizer = copy.deepcopy(named("chatml"))
     tokenizer.chat_template = template
     return tokenizer
-
-
-def labelled_runs(tokenizer: PreTrainedTokenizerFast, input_ids: list[int], labels: list[int]) -> list[str]:
-    """The text of each unbroken run of labels; every label must be the token it stands at."""
-    assert len(labels) == len(input_ids)
-    assert all(label in (IGNORE, token) for token, label in zip(input_ids, labels, strict=True))
-    runs = groupby(labels, key=lambda label: label != IGNORE)
-    return [tokenizer.decode(list(run), clean_up_tokenization_spaces=False) for learn, run in runs if learn]
-
-
-def written_by_model(chat_format: ChatFormat, content: str) -> str:
-    stop = chat_format.end_token or "</s>"
-    return chat_format.lead + content + stop
-
-
-WORDS = st.text(st.characters(exclude_categories=["Cs", "Cc", "Co", "Z"]), min_size=1, max_size=6)
-GAPS = st.sampled_from([" ", "\n", "\n\n", "  ", "\t", "\u2028"])
-CONTENT = st.lists(st.one_of(WORDS, st.tuples(WORDS, GAPS, WORDS).map("".join)), min_size=1, max_size=4).map(" ".join)
-
-
-@st.composite
-def conversations(draw: st.DrawFn) -> list[dict[str, str]]:
-    system = [{"role": "system", "content": draw(CONTENT)}] if draw(st.booleans()) else []
-    turns = draw(st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=3))
-    pairs = [[{"role": "user", "content": asked}, {"role": "assistant", "content": answer}] for asked, answer in turns]
-    return system + [message for pair in pairs for message in pair]
 
 
 @pytest.mark.parametrize("trim_offsets", [False, True])
@@ -89,23 +47,11 @@ def test_labels_are_the_answers_and_their_stop_tokens_exactly(
     answers = [written_by_model(chat_format, m["content"]) for m in messages if m["role"] == "assistant"]
     assert labelled_runs(tokenizer, tokenized.input_ids, tokenized.labels) == answers
     assert tokenizer.decode(tokenized.input_ids, clean_up_tokenization_spaces=False) == render(tokenizer, messages)
+    assert tokenized.input_ids == tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
     last = tokenize_conversation(tokenizer, messages, train_on="last", max_length=100_000)
     assert labelled_runs(tokenizer, last.input_ids, last.labels) == answers[-1:]
     everything = tokenize_conversation(tokenizer, messages, train_on="all", max_length=100_000)
     assert everything.labels == everything.input_ids == tokenized.input_ids
-
-
-@pytest.mark.parametrize("name", [chat_format.name for chat_format in CHAT_FORMATS])
-@settings(deadline=None, max_examples=15)
-@given(messages=conversations())
-def test_markers_find_the_same_answers(name: str, messages: list[dict[str, str]]):
-    """What follows the response marker up to the next instruction marker; the format's own line breaks come too."""
-    tokenizer, chat_format = named(name), find_format(name)
-    input_ids = tokenize_conversation(tokenizer, messages, max_length=100_000).input_ids
-    labels = mask_by_markers(tokenizer, input_ids, chat_format.instruction_part, chat_format.response_part)
-    after = chat_format.assistant.after.replace(EOS, "</s>")
-    answers = [chat_format.lead + m["content"] + after for m in messages if m["role"] == "assistant"]
-    assert labelled_runs(tokenizer, input_ids, labels) == answers
 
 
 @pytest.mark.parametrize("name", ["chatml", "alpaca", "qwen-3", "zephyr"])
@@ -118,41 +64,6 @@ def test_no_prompt_character_is_learned_where_tokens_straddle(name: str, content
     (run,) = labelled_runs(tokenizer, tokenized.input_ids, tokenized.labels)
     assert written_by_model(chat_format, content).endswith(run)
     assert run.endswith(written_by_model(chat_format, content.strip()))
-
-
-def test_a_marker_merged_with_its_neighbours_is_still_found():
-    """Catches a search among token ids: the marker's outer line breaks are one token with the text beside them."""
-    tokenizer = named("alpaca")
-    text = "### Instruction:\nA\n\n\n\n### Response:\n\n\nYes</s>\n\n### Instruction:\nB\n\n### Response:\nNo"
-    input_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    runs = labelled_runs(
-        tokenizer, input_ids, mask_by_markers(tokenizer, input_ids, "### Instruction:\n", "### Response:\n")
-    )
-    assert [run.strip("\n") for run in runs] == ["Yes</s>", "No"]
-    # Line breaks that a marker names are its own, at either end.
-    runs = labelled_runs(
-        tokenizer, input_ids, mask_by_markers(tokenizer, input_ids, "\n\n### Instruction:", "### Response:")
-    )
-    assert [run.lstrip("\n") for run in runs] == ["Yes</s>", "No"]
-
-
-def test_markers_survive_a_cut_and_characters_of_several_tokens():
-    tokenizer, chat_format = named("chatml"), find_format("chatml")
-    messages = [{"role": "user", "content": "漢字😀"}, {"role": "assistant", "content": "😀漢字😀"}]
-    whole = tokenize_conversation(tokenizer, messages, max_length=1000)
-    markers = (chat_format.instruction_part, chat_format.response_part)
-    expected = mask_by_markers(tokenizer, whole.input_ids, *markers)
-    for length in range(len(whole.input_ids)):
-        assert mask_by_markers(tokenizer, whole.input_ids[:length], *markers) == expected[:length]
-
-
-def test_markers_that_are_absent_or_unusable_do_not_pass_in_silence():
-    tokenizer = named("chatml")
-    input_ids = tokenize_conversation(tokenizer, CHAT, max_length=1000).input_ids
-    assert set(mask_by_markers(tokenizer, input_ids, "[INST]", "[/INST]")) == {IGNORE}
-    for markers in [("\n", "<|im_start|>assistant\n"), ("user", "user\n")]:
-        with pytest.raises(WhetError, match="cannot tell prompts from answers"):
-            mask_by_markers(tokenizer, input_ids, *markers)
 
 
 def test_spaces_that_offsets_leave_out_stay_with_the_prompt():
@@ -241,6 +152,13 @@ def test_a_template_that_rewrites_the_prompt_is_refused(template: str):
     assert "train_on" in (caught.value.fix or "")
 
 
+def test_a_refused_template_is_named_by_its_model():
+    tokenizer = with_template("{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    tokenizer.name_or_path = "models/acme"
+    with pytest.raises(WhetError, match="the chat template of models/acme does not keep"):
+        tokenize_conversation(tokenizer, CHAT, max_length=1000)
+
+
 def test_no_template_and_no_messages_say_what_to_do(tokenizer: PreTrainedTokenizerFast):
     with pytest.raises(WhetError, match=r"template: chatml\), or call get_chat_template"):
         tokenize_conversation(tokenizer, CHAT, max_length=10)
@@ -307,6 +225,12 @@ def test_the_fingerprint_follows_template_and_vocabulary_alone(tmp_path: Path):
     tokenizer.add_tokens(["<new>"])
     assert fingerprint(tokenizer) != before
     assert fingerprint(named("gemma")) != fingerprint(named("phi-3"))
+
+
+def test_the_fingerprint_follows_the_template_where_nothing_else_differs():
+    """Catches a digest of the vocabulary and the special tokens alone."""
+    digests = {fingerprint(with_template(template)) for template in ("{{ messages }}", "{{ messages }} ", "")}
+    assert len(digests) == 3
 
 
 def conversation(messages: list[dict[str, Any]], line: int = 1) -> Example:

@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from datasets import Dataset  # type: ignore[import-untyped]
+from datasets import Dataset, Features, Value  # type: ignore[import-untyped]
+from datasets import List as ListOf
 from transformers import PreTrainedTokenizerBase
 
 from whet.data.chat_formats import CHAT_FORMATS, ChatFormat, find_format, jinja
@@ -106,7 +107,23 @@ def standardize_data_formats(dataset: Any) -> Any:
         return {"conversations": example.messages}
 
     consumed = [name for name in first if name in FORMATS[format].parts and name != "tools"]
-    return dataset.map(standardize, with_indices=True, remove_columns=consumed)
+    features = _standard_features(dataset.features, consumed)
+    return dataset.map(standardize, with_indices=True, remove_columns=consumed, features=features)
+
+
+def _standard_features(features: Any, consumed: list[str]) -> Any:
+    """The columns of a standardized data set; None where messages do not say which keys they carry.
+
+    Left to infer them, datasets looks at the first thousand rows, and fails at a tool call that comes later.
+    """
+    names = [name for name in ("messages", "conversations") if name in consumed]
+    turns = features[names[0]] if features and names else None
+    if not isinstance(turns, ListOf) or not isinstance(turns.feature, dict):
+        return None
+    further = {key: kind for key, kind in turns.feature.items() if key not in ("role", "content", "from", "value")}
+    message = {"role": Value("string"), "content": Value("string"), **further}
+    kept = {name: kind for name, kind in features.items() if name not in consumed}
+    return Features({**kept, "conversations": ListOf(message)})
 
 
 def to_sharegpt(

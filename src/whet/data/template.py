@@ -15,10 +15,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any, Literal
 
 import jinja2
@@ -26,15 +24,14 @@ import numpy as np
 from datasets import Dataset, Features, Value  # type: ignore[import-untyped]
 from datasets import List as ListOf
 from rich.text import Text as RichText
-from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
 from whet.data.examples import Conversation, Example, Message, Text
 from whet.data.faults import Faults
+from whet.data.labels import IGNORE as IGNORE
+from whet.data.labels import Span, check_fast, first_characters, labels_in
+from whet.data.markers import mask_by_markers as mask_by_markers
 from whet.errors import WhetError
-
-IGNORE = -100
-"""The label of a token that takes no part in the loss."""
 
 TrainOn = Literal["responses", "last", "all"]
 
@@ -91,7 +88,7 @@ def prompt_text(
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256, in hex, of the chat template, the special tokens and the tokenizer.json that training saw."""
-    _check_fast(tokenizer)
+    check_fast(tokenizer)
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     # How the last batch was padded or cut is kept in tokenizer.json too, but changes no token.
     content.pop("padding", None)
@@ -119,7 +116,7 @@ def tokenize_conversation(
     Raises WhetError when the template changes the text of earlier messages as the conversation grows, because training
     would then learn from prompts that the server never makes.
     """
-    _check_fast(tokenizer)
+    check_fast(tokenizer)
     _check_train_on(train_on)
     if train_on != "all" and _has_generation_tag(tokenizer, tools):
         return _tokenize_by_tags(tokenizer, messages, train_on, max_length, tools)
@@ -129,7 +126,7 @@ def tokenize_conversation(
     if train_on == "all":
         return _cut(input_ids, list(input_ids), max_length)
     spans = _answer_spans(tokenizer, messages, text, train_on, tools)
-    return _cut(input_ids, _labels(input_ids, _first_characters(encoded["offset_mapping"]), spans), max_length)
+    return _cut(input_ids, labels_in(spans, input_ids, first_characters(encoded["offset_mapping"])), max_length)
 
 
 def tokenize_text(tokenizer: PreTrainedTokenizerBase, text: str, *, max_length: int) -> Tokenized:
@@ -196,36 +193,6 @@ def prepare_sft(
     return Dataset.from_dict(columns, features=features), counts
 
 
-def mask_by_markers(
-    tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], instruction_part: str, response_part: str
-) -> list[int]:
-    """Labels [T] for ids that are already there: what follows each response marker, up to the next instruction marker.
-
-    The markers are looked for in the decoded text, not among the ids, because tokenizers merge a marker's outer line
-    breaks with what stands beside it. White space at a marker's ends counts as part of it where it is present.
-    A row without a response marker comes back all IGNORE: count those. Raises WhetError for unusable markers.
-    """
-    _check_fast(tokenizer)
-    if not instruction_part.strip() or not response_part.strip() or instruction_part.strip() == response_part.strip():
-        raise WhetError(
-            f"the markers {instruction_part!r} and {response_part!r} cannot tell prompts from answers",
-            where="instruction_part, response_part",
-            fix="pass the texts that begin a user turn and an answer, as '<|im_start|>user\\n'",
-        )
-    text, first_characters = _decode(tokenizer, input_ids)
-    markers = sorted(
-        [(*found, False) for found in _find_marker(text, instruction_part)]
-        + [(*found, True) for found in _find_marker(text, response_part)]
-    )
-    spans: list[tuple[int, int]] = []
-    answer: int | None = None  # where the answer that is open began
-    for begin, end, is_response in [*markers, (len(text) + 1, 0, False)]:
-        if answer is not None:
-            spans.append((answer, begin))
-        answer = end if is_response else None
-    return _labels(list(input_ids), first_characters, spans)
-
-
 def preview(tokenizer: PreTrainedTokenizerBase, tokenized: Tokenized) -> RichText:
     """The row as the model sees it, the tokens it does not learn from dimmed."""
     shown = RichText()
@@ -240,10 +207,6 @@ def preview(tokenizer: PreTrainedTokenizerBase, tokenized: Tokenized) -> RichTex
 
 
 # ---------------------------------------------------------------- how turns are found
-
-
-Span = tuple[int, int]
-"""First character, and the one after the last."""
 
 
 def _answer_spans(
@@ -295,62 +258,8 @@ def _stop_length(
     return len(closing) if after.startswith(closing) else 0
 
 
-def _first_characters(offsets: Iterable[Span]) -> list[int]:
-    """The position of each token's first character. Some tokenizers leave spaces out of a token's offsets: one made of
-    nothing else has an empty span, and begins where the token before it ended."""
-    positions = []
-    previous_end = 0
-    for start, end in offsets:
-        positions.append(start if start < end else previous_end)
-        previous_end = end
-    return positions
-
-
-def _labels(input_ids: list[int], first_characters: list[int], spans: list[Span]) -> list[int]:
-    """The id of each token that begins inside a span, IGNORE elsewhere. Spans are in order and apart."""
-    starts = [start for start, _ in spans]
-    labels = []
-    for token, position in zip(input_ids, first_characters, strict=True):
-        i = bisect_right(starts, position) - 1
-        labels.append(token if i >= 0 and position < spans[i][1] else IGNORE)
-    return labels
-
-
 def _cut(input_ids: list[int], labels: list[int], max_length: int) -> Tokenized:
     return Tokenized(input_ids[:max_length], labels[:max_length], truncated=len(input_ids) > max_length)
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int]) -> tuple[str, list[int]]:
-    """(text, position of each token's first character in it)."""
-    stream = DecodeStream(skip_special_tokens=False)
-    pieces: list[str] = []
-    positions = []
-    length = 0
-    for token in input_ids:
-        positions.append(length)
-        piece = stream.step(tokenizer.backend_tokenizer, int(token))  # None inside a character of several tokens
-        if piece:
-            pieces.append(piece)
-            length += len(piece)
-    return "".join(pieces), positions
-
-
-def _find_marker(text: str, marker: str) -> list[Span]:
-    """Where the marker stands, its outer white space included as far as the text has it."""
-    core = marker.strip()
-    lead, trail = marker.split(core)
-    found = []
-    for match in re.finditer(re.escape(core), text):
-        begin, end = match.span()
-        begin -= _shared(lead[::-1], text[max(0, begin - len(lead)) : begin][::-1])
-        end += _shared(trail, text[end : end + len(trail)])
-        found.append((begin, end))
-    return found
-
-
-def _shared(text: str, other: str) -> int:
-    """How many characters the two texts begin with in common."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, other, strict=False)))
 
 
 # ---------------------------------------------------------------- how templates are called, and how they fail
@@ -437,15 +346,6 @@ def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
             "the tokenizer has no chat template",
             where="tokenizer",
             fix='name one in the recipe (template: chatml), or call get_chat_template(tokenizer, "chatml")',
-        )
-
-
-def _check_fast(tokenizer: PreTrainedTokenizerBase) -> None:
-    if not tokenizer.is_fast:
-        raise WhetError(
-            "the tokenizer cannot say which characters a token covers",
-            where="tokenizer",
-            fix="load it with AutoTokenizer from a folder that holds tokenizer.json",
         )
 
 
