@@ -222,7 +222,8 @@ def test_a_model_that_gguf_cannot_hold(folder: Path, tiny_llama: Path, here: Her
     tokenizer.save_pretrained(folder / "model")
     write_recipe(folder, {"model.base": "./model", "export.gguf": ["q8_0"]})
     told = here("run", "recipe.yaml", *arguments, cwd=folder)
-    refused(told, folder, "export.gguf, model: whet cannot write GGUF for the architecture Qwen2ForCausalLM")
+    place = (folder / "model").resolve()
+    refused(told, folder, f"export.gguf, {place}: whet cannot write GGUF for the architecture Qwen2ForCausalLM")
 
 
 def test_a_loss_that_is_no_number(folder: Path, tiny_llama: Path, here: Here) -> None:

@@ -33,7 +33,7 @@ def trained(recipe: Recipe, folder: Path, spoil: bool = False, console: Console 
 
     run = Run.open(recipe, folder, folder / "runs")
     try:
-        run.stage("data", lambda staged: pipeline._prepare(recipe, folder)[0].save(staged))
+        run.stage("data", lambda staged: pipeline.make_data(recipe, folder, staged))
         model, tokenizer = load_for_training(recipe)
         if spoil:
             with torch.no_grad():
