@@ -18,11 +18,12 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.modeling_utils import PreTrainedModel
 
 from whet.errors import WhetError
 from whet.files import staged_folder
+from whet.models.load import nf4_config
 
 MERGE_METHODS = ("lora", "merged_16bit", "merged_4bit")
 BASES = ("dequantized", "original")
@@ -84,7 +85,8 @@ def merged_state_dict(model: PreTrainedModel | PeftModel, base: str, dtype: torc
             weights |= {f"{name}.{key}": value for key, value in active.state_dict().items()}
         elif not _inside_wrapper(name):
             for key, parameter in module.named_parameters(recurse=False):
-                weights[f"{name}.{key}"] = originals.get(f"{name}.{key}", dequantize(module, key, parameter))
+                original = originals.get(f"{name}.{key}")
+                weights[f"{name}.{key}"] = dequantize(module, key, parameter) if original is None else original
             for key, buffer in module.named_buffers(recurse=False):
                 if key not in module._non_persistent_buffers_set:
                     weights[f"{name}.{key}"] = buffer
@@ -106,12 +108,10 @@ def _merged_layer(layer: LoraLayer, original: Tensor | None) -> dict[str, Tensor
     base = layer.get_base_layer()
     weight = (dequantize(base, "weight", base.weight) if original is None else original).detach().float()
     for adapter in layer.active_adapters:
-        delta = layer.get_delta_weight(adapter).detach().float().to(weight.device)
+        weight = weight + layer.get_delta_weight(adapter).detach().float().to(weight.device)
         if adapter in layer.lora_magnitude_vector:
             magnitude = layer.lora_magnitude_vector[adapter].weight.detach().float()
-            weight = (weight + delta) * (magnitude / (weight + delta).norm(dim=1))[:, None]
-        else:
-            weight = weight + delta
+            weight = weight * (magnitude / weight.norm(dim=1))[:, None]
     merged = {"weight": weight}
     if getattr(base, "bias", None) is not None:
         merged["bias"] = base.bias
@@ -155,12 +155,7 @@ def _write_merged(
 
 def _quantize_folder(folder: Path) -> None:
     """Replace a folder's 16-bit weights by NF4 with double quantization."""
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
+    nf4 = nf4_config(torch.bfloat16)
     device = 0 if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=nf4, dtype="auto", device_map={"": device})
     for shard in folder.glob("*.safetensors*"):

@@ -129,8 +129,8 @@ def load(
     folder = resolve(name)
     dtype = torch.float32 if precision == "32bit" else pick_dtype(dtype)
     origin = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
-    tokenizer = load_tokenizer(name, **origin)
     config = load_config(name, **origin)
+    tokenizer = _tokenizer(name, config, **origin)
     if num_labels is not None:
         config.num_labels = num_labels
     model, loaded = _from_hub(
@@ -162,9 +162,18 @@ def load_config(name: str, **origin: Any) -> PretrainedConfig:
 
 def load_tokenizer(name: str, **origin: Any) -> PreTrainedTokenizerBase:
     """The tokenizer of `name`, checked against the model's vocabulary; pads with its end token if it has no other."""
-    folder = resolve(name)
-    config = load_config(name, **origin)
-    tokenizer = _from_hub(name, AutoTokenizer.from_pretrained, folder, **origin)
+    return _tokenizer(name, load_config(name, **origin), **origin)
+
+
+def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """NF4 with double quantization, computing in `dtype`: the one 4-bit layout that whet reads and writes."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def _tokenizer(name: str, config: PretrainedConfig, **origin: Any) -> PreTrainedTokenizerBase:
+    tokenizer = _from_hub(name, AutoTokenizer.from_pretrained, resolve(name), **origin)
     _check_vocabulary(name, config, tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -178,9 +187,7 @@ def _quantization(config: Any, precision: str, dtype: torch.dtype) -> BitsAndByt
         return None  # the checkpoint is quantized already and says how
     if precision == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
+    return nf4_config(dtype)
 
 
 def _keep_nf4_layout(model: PreTrainedModel) -> None:
