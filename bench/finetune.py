@@ -40,6 +40,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warm", type=int, default=3, help="first steps, left out of the timing")
     parser.add_argument("--gc", default="on", choices=["on", "true", "off"], help="on: the engine's least memory")
+    parser.add_argument(
+        "--gpu-memory", default=None, help="whet: the fastest plan in so many GiB, in the place of --gc"
+    )
     parser.add_argument("--bits", type=int, default=4, choices=[4, 16], help="of the frozen base")
     parser.add_argument("--r", type=int, default=16, help="LoRA's rank")
     parser.add_argument("--full", action="store_true", help="train every weight")
@@ -60,7 +63,9 @@ def load_whet(folder: Path, args: argparse.Namespace, dtype: Any) -> Loaded:
     from whet import FastLanguageModel
 
     recompute = {"on": "whet", "true": True, "off": False}[args.gc]
-    return _load_fast(FastLanguageModel, folder, args, dtype, recompute)
+    if args.gpu_memory is None:
+        return _load_fast(FastLanguageModel, folder, args, dtype, recompute)
+    return _load_fast(FastLanguageModel, folder, args, dtype, "auto", gpu_memory=float(args.gpu_memory))
 
 
 def load_unsloth(folder: Path, args: argparse.Namespace, dtype: Any) -> Loaded:
@@ -70,7 +75,9 @@ def load_unsloth(folder: Path, args: argparse.Namespace, dtype: Any) -> Loaded:
     return _load_fast(FastLanguageModel, folder, args, dtype, recompute)
 
 
-def _load_fast(engine: Any, folder: Path, args: argparse.Namespace, dtype: Any, recompute: bool | str) -> Loaded:
+def _load_fast(
+    engine: Any, folder: Path, args: argparse.Namespace, dtype: Any, recompute: bool | str, **options: Any
+) -> Loaded:
     model, tokenizer = engine.from_pretrained(
         str(folder),
         max_seq_length=args.seq,
@@ -78,6 +85,7 @@ def _load_fast(engine: Any, folder: Path, args: argparse.Namespace, dtype: Any, 
         load_in_4bit=args.bits == 4 and not args.full,
         full_finetuning=args.full,
         use_gradient_checkpointing=recompute,
+        **options,
     )
     if not args.full:
         model = engine.get_peft_model(
@@ -251,7 +259,7 @@ def result(args: argparse.Namespace) -> dict[str, Any]:
         import whet
 
         where["versions"]["whet"] = whet.__version__
-    names = ("bs", "ga", "seq", "steps", "warm", "gc", "bits", "r", "full", "mixed", "packing")
+    names = ("bs", "ga", "seq", "steps", "warm", "gc", "gpu_memory", "bits", "r", "full", "mixed", "packing")
     return {
         "kind": "finetune",
         "run_id": args.run_id,

@@ -21,6 +21,7 @@ Line = dict[str, Any]
 MARKERS = re.compile(r"<!-- bench:(?P<name>[\w-]+) -->\n.*?<!-- /bench:(?P=name) -->", re.DOTALL)
 OPENING = re.compile(r"<!-- bench:[\w-]+ -->")
 BASELINE = "hf"  # what the others are set against
+OWN = {"packing": None, "gpu_memory": None}  # an engine's own ways through the same rows
 NAMED = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 
 
@@ -70,19 +71,20 @@ def work(work: Line) -> str:
     trained = "full" if work["full"] else f"{'QLoRA' if work['bits'] == 4 else 'LoRA'} r={work['r']}"
     rows = f"{work['bs']}x{work['ga']} rows of {'up to ' if work['mixed'] else ''}{work['seq']}"
     recompute = {"on": "least memory", "true": "recomputing", "off": "keeping all"}[work["gc"]]
+    if work.get("gpu_memory"):
+        recompute = f"within {work['gpu_memory']} GiB"
     return ", ".join([work["model"], trained, rows + (" packed" if work["packing"] else ""), recompute])
 
 
 def against_baseline(line: Line, lines: list[Line]) -> str:
     """Tokens a second as a multiple of the baseline's, or a dash where no baseline may be compared."""
-    # packing is an engine's own way through the same rows
     same = [
         other
         for other in lines
         if other["engine"] == BASELINE
         and line["run_id"] is not None
         and (other["run_id"], other["hardware"]) == (line["run_id"], line["hardware"])
-        and {**other["work"], "packing": None} == {**line["work"], "packing": None}
+        and {**other["work"], **OWN} == {**line["work"], **OWN}
     ]
     return f"{line['real_tok_s'] / same[0]['real_tok_s']:.2f}x" if len(same) == 1 else "-"
 
@@ -110,6 +112,40 @@ def parity_row(line: Line, lines: list[Line]) -> list[str]:
         return f"{line['whet'][part]:.1e}" + (f" (plain: {peer[part]:.1e})" if peer else "")
 
     return [line["family"], line["base"], line["against"], *map(cell, ("loss", "logits", "gradients")), *where(line)]
+
+
+def kernels_row(line: Line, lines: list[Line]) -> list[str]:
+    name = [line["kernel"], line["shape"], "-" if line["tokens"] is None else f"{line['tokens']:,}"]
+    rates = [f"{line['copy_tb_s']:.2f}", f"{line['gemm_tflop_s']:.0f}"]
+    if line["error"] is not None:  # a cell holds neither a line's end nor a bar
+        return [
+            *name,
+            "-",
+            "-",
+            "-",
+            f"failed: {' '.join(line['error'].split())}".replace("|", "/"),
+            "-",
+            *rates,
+            *where(line),
+        ]
+    measured = [f"{line[us]:,.1f}" for us in ("bound_us", "measured_us")]
+    return [
+        *name,
+        f"{line['bytes'] / 1e6:,.1f}",
+        f"{line['flops'] / 1e9:,.1f}",
+        *measured,
+        f"{line['ratio']:.2f}",
+        *rates,
+        *where(line),
+    ]
+
+
+def accuracy_row(line: Line, lines: list[Line]) -> list[str]:
+    def cell(part: str) -> str:
+        errors = " / ".join(f"{line[way][part]:.1e}" for way in ("whet", "plain", "autocast"))
+        return f"{errors}; {line['ratio'][part]:.2f}x"
+
+    return [line["family"], line["base"], *map(cell, ("loss", "logits", "gradients")), *where(line)]
 
 
 def where(line: Line) -> list[str]:
@@ -152,8 +188,35 @@ KINDS: dict[str, tuple[list[str], Row]] = {
         ],
         quickstart_row,
     ),
+    "kernels": (
+        [
+            "kernel",
+            "shape",
+            "tokens",
+            "MB",
+            "GFLOP",
+            "bound us",
+            "measured us",
+            "measured / bound",
+            "copy TB/s",
+            "GEMM TFLOP/s",
+            *ORIGIN,
+        ],
+        kernels_row,
+    ),
     "blocks": (["type", "Gaussian", "heavy tails (Student t, 3 degrees)", *ORIGIN], blocks_row),
     "parity": (["family", "base", "against", "loss", "logits", "gradients", *ORIGIN], parity_row),
+    "accuracy": (
+        [
+            "family",
+            "base",
+            "loss: whet / plain / under autocast; whet to plain",
+            "logits",
+            "gradients",
+            *ORIGIN,
+        ],
+        accuracy_row,
+    ),
 }
 
 

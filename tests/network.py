@@ -22,7 +22,6 @@ atexit.register(CONNECTIONS.unlink, missing_ok=True)
 os.environ["WHET_CONNECTIONS"] = name
 folders = [OFFLINE, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
 os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, folders))  # the children start in other folders
-os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL's own trainers, which some tests use, report to their makers
 sys.path.insert(0, OFFLINE)
 sys.modules.pop("sitecustomize", None)
 import sitecustomize  # noqa: E402, F401 (puts the hook in place)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,15 @@ from transformers.modeling_utils import PreTrainedModel
 from whet.errors import WhetError
 from whet.export.gguf_model import save_gguf
 from whet.export.merge import save_merged
+from whet.models import activations, fused
 from whet.models.load import load
 from whet.models.lora import add_lora
+from whet.plan.fit import parse_memory
 
-CHECKPOINTING = ("auto", "whet", "unsloth", True, False)
+LEAST_TILE = 1024  # tokens
+LEAST_MEMORY = replace(activations.MOST, offload=True)
+POLICIES = {"whet": LEAST_MEMORY, "unsloth": LEAST_MEMORY, True: activations.MOST, False: activations.ALL}
+CHECKPOINTING = ("auto", *POLICIES)
 NOT_YET = {
     "load_in_fp8": "8-bit floating-point weights",
     "fast_inference": "generation through vLLM",
@@ -50,6 +56,7 @@ class FastLanguageModel:
         use_gradient_checkpointing: bool | str = "auto",
         random_state: int = 3407,
         num_labels: int | None = None,
+        gpu_memory: str | float | None = None,
         **kwargs: Any,
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Load a local folder, a hub name or `builtin:tiny`, and its tokenizer.
@@ -58,6 +65,9 @@ class FastLanguageModel:
         dtype: what to compute in; None takes bf16 where the GPU has it, fp16 on older GPUs, fp32 on a CPU.
         load_in_4bit, load_in_8bit, load_in_16bit: how the frozen base is held; all False holds it in `dtype`.
         full_finetuning: train every weight, held in `dtype`; turns the three above off.
+        use_gradient_checkpointing: what layers keep for the backward pass. "auto" is the fastest that fits; "whet" (or
+        "unsloth") the least, in host memory; True all but the widest values; False everything.
+        gpu_memory: "24GiB", or a number of GiB: what "auto" may take on the GPU; None is all that is free.
         num_labels: load a sequence classifier with this many outputs (1 for a reward model).
         kwargs: attn_implementation, device_map, revision, token, trust_remote_code, and transformers' own.
         Raises WhetError, a ValueError, for anything at fault in the model's files or in these arguments.
@@ -84,6 +94,9 @@ class FastLanguageModel:
         model.max_seq_length = max_seq_length
         model.config.use_cache = False
         _set_checkpointing(model, use_gradient_checkpointing)
+        shared = fused.shared_of(model)
+        if shared is not None and gpu_memory is not None:
+            shared.budget = parse_memory(gpu_memory)
         _attach(model)
         return model, tokenizer
 
@@ -214,14 +227,23 @@ def _check_checkpointing(value: bool | str) -> None:
 
 
 def _set_checkpointing(model: PreTrainedModel | PeftModel, value: bool | str) -> None:
-    """Recompute each layer in the backward pass, or keep its activations. "auto" recomputes on a GPU only."""
+    """Say what layers keep for the backward pass.
+
+    "auto" lets whet's trainers plan it; until one does, and in other trainers, layers keep everything on a CPU and all
+    but gate and up on a GPU.
+    """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    shared = fused.shared_of(base)
+    if shared is not None:
+        usual = activations.MOST if torch.cuda.is_available() else activations.ALL
+        shared.policy, shared.layers, shared.auto = POLICIES.get(value, usual), None, value == "auto"
+        shared.tile = LEAST_TILE if POLICIES.get(value) is LEAST_MEMORY else fused.TILE
+    # Layers that run as transformers wrote them run again as a whole, or keep everything.
     recompute = torch.cuda.is_available() if value == "auto" else bool(value)
     # transformers 5.24 renamed both methods
     if recompute:
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-        base.enable_input_require_grads()
     elif _recomputes(base):
         disable = getattr(base, "activation_checkpointing_disable", None) or base.gradient_checkpointing_disable
         disable()

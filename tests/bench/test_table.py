@@ -133,6 +133,52 @@ def test_check_finds_a_table_that_is_out_of_date(repository: Path) -> None:
     assert (repository / "README.md").read_text() == edited
 
 
+def kernel(**changes: Any) -> dict[str, Any]:
+    origin = {name: line("whet", 1.0)[name] for name in ("hardware", "versions", "commit", "dirty", "date")}
+    return {
+        "kind": "kernels",
+        "run_id": "one",
+        "kernel": "glu",
+        "shape": "F=8b",
+        "tokens": 4096,
+        "bytes": 352_321_536,
+        "flops": 7_516_192_768,
+        "bound_us": 117.44,
+        "measured_us": 129.18,
+        "ratio": 1.1,
+        "timing": "replayed",
+        "error": None,
+        "copy_tb_s": 3.0,
+        "gemm_tflop_s": 712.4,
+    } | (origin | changes)
+
+
+def kernel_cells(repository: Path, *lines: dict[str, Any]) -> list[list[str]]:
+    write(repository, *lines)
+    done = table(repository)
+    assert done.returncode == 0, done.stderr
+    rows = [row for row in (repository / "README.md").read_text().splitlines() if row.startswith("| glu")]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_kernels_are_set_against_their_bounds(repository: Path) -> None:
+    """Catches a figure in another unit than its column's, and a tokens of None."""
+    rows = kernel_cells(repository, kernel(), kernel(tokens=None))
+    counts = ["352.3", "7.5", "117.4", "129.2", "1.10", "3.00", "712"]
+    assert rows == [["glu", "F=8b", "4,096", *counts], ["glu", "F=8b", "-", *counts]]
+    header = next(row for row in (repository / "README.md").read_text().splitlines() if row.startswith("| kernel"))
+    assert header.count("|") == len(rows[0]) + 1
+
+
+def test_a_kernel_that_failed_is_in_the_table(repository: Path) -> None:
+    """Catches a failure left out, and an error whose lines or bars break the table."""
+    missing = dict.fromkeys(("bytes", "flops", "bound_us", "measured_us", "ratio", "timing"))
+    failed, fine = kernel_cells(repository, kernel(error="CudaError: a | b\n  at c", **missing), kernel())
+    failure = ["-", "-", "-", "failed: CudaError: a / b at c", "-"]
+    assert failed == ["glu", "F=8b", "4,096", *failure, "3.00", "712"]
+    assert len(failed) == len(fine)
+
+
 @pytest.mark.parametrize(
     ("readme", "results", "message"),
     [

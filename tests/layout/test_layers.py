@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "train": "models data plan recipe runs",
     "export": "models quant",
     "serve": "models data export",
-    "language_model": "models export",
+    "language_model": "models export plan",
     "recipe_model": "recipe data models language_model",
     "__init__": "",
     "compat": EVERYTHING,

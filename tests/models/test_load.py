@@ -74,12 +74,15 @@ def test_training_after_an_evaluation_gets_the_same_gradients(llama: Path, dtype
 
 
 def test_evaluation_and_training_compute_the_same(llama: Path) -> None:
-    """Catches an evaluation that measures another arithmetic than the one being trained."""
+    """Catches an evaluation that measures another arithmetic than the one being trained.
+
+    With a cache the layers' own modules run, without one the fused block: the same function, rounded elsewhere.
+    """
     model = harness.whet_model(llama, "llama", "nf4")
     with torch.no_grad():
         training = model.train()(**BATCH).logits
         evaluation = FastLanguageModel.for_inference(model)(**BATCH).logits
-    assert torch.equal(training, evaluation)
+    assert harness.relative(training, evaluation) <= 1e-5
 
 
 def test_an_8_bit_base_trains(llama: Path) -> None:

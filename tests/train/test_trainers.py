@@ -259,9 +259,10 @@ def test_nothing_is_reported_to_trl_s_makers(make: Callable[..., Any], monkeypat
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_the_losses_are_trl_s_own_to_the_bit(
+def test_the_losses_are_trl_s_own(
     packing: bool, load: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Not to the bit: whet's head sums over the vocabulary in another order than TRL's, in fp32 as well."""
     monkeypatch.setenv("CI", "1")
     settings = common(tmp_path, max_length=64, packing=packing, max_steps=3, learning_rate=1e-2, bf16=False)
     histories = []
@@ -271,7 +272,7 @@ def test_the_losses_are_trl_s_own_to_the_bit(
         trainer = trainer_class(model, config_class(**settings), train_dataset=rows, processing_class=tokenizer)
         trainer.train()
         histories.append(losses(trainer))
-    assert histories[0] == histories[1]
+    assert histories[1] == pytest.approx(histories[0], rel=1e-6)
     assert len(set(histories[0])) == 3
 
 

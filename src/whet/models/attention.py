@@ -12,8 +12,7 @@ Shapes: query [B, H, T, d]; key, value [B, G, S, d] with H a multiple of G; outp
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -22,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
+
+from whet.kernels.attention import Documents
 
 NAME = "whet_varlen"
 
@@ -78,7 +79,8 @@ def varlen_attention(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     # One new token, or a model that looks both ways, sees all the keys there are.
     whole = attention_mask is not None or not causal or query.shape[2] != key.shape[2]
-    documents = None if whole else _documents(query, position_ids, cu_seq_lens_q, max_length_q)
+    batch, length = query.shape[0], query.shape[2]
+    documents = None if whole else find_documents(batch, length, position_ids, cu_seq_lens_q, max_length_q)
     if documents is not None and _flash_takes(query, dropout, softcap):
         return _flash(query, key, value, documents, scale, sliding_window), None
 
@@ -99,54 +101,41 @@ def varlen_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-@dataclass
-class _Documents:
-    """Where documents begin in all rows put one after another: cu_seq_lens [N + 1], int32; longest in tokens."""
-
-    cu_seq_lens: Tensor
-    longest: int
-
-    @cached_property
-    def lengths(self) -> list[int]:
-        return self.cu_seq_lens.diff().tolist()
-
-
-def _documents(
-    query: Tensor, position_ids: Tensor | None, cu_seq_lens: Tensor | None, longest: int | None
-) -> _Documents | None:
+def find_documents(
+    batch: int, length: int, position_ids: Tensor | None, cu_seq_lens: Tensor | None, longest: int | None
+) -> Documents | None:
     """The documents of a packed batch; None where each row is one document.
 
     Found once a batch and kept on the batch's own tensor, since every layer asks and a GPU is waited for at each look.
+    Positions of one row for a batch of many are the model's own, 0, 1, 2 ...: nothing is packed then.
     """
-    batch, length = query.shape[0], query.shape[2]
     source = cu_seq_lens if cu_seq_lens is not None and batch == 1 else position_ids
-    if source is None or (source is position_ids and source.shape[-1] != length):
+    if source is None or (source is position_ids and (source.shape[-1] != length or source.shape[0] < batch)):
         return None
     if not hasattr(source, "_whet_documents"):
         source._whet_documents = _find(source, batch, longest, packed=source is cu_seq_lens)
     return source._whet_documents
 
 
-def _find(source: Tensor, batch: int, longest: int | None, *, packed: bool) -> _Documents | None:
+def _find(source: Tensor, batch: int, longest: int | None, *, packed: bool) -> Documents | None:
     if packed:
-        cu_seq_lens = source.to(torch.int32)
+        cu_seqlens = source.to(torch.int32)
     else:
         first = torch.ones(source.shape[0], 1, dtype=torch.bool, device=source.device)
-        starts = torch.cat([first, source.diff(dim=-1) != 1], dim=-1).expand(batch, -1).flatten()
+        starts = torch.cat([first, source.diff(dim=-1) != 1], dim=-1).flatten()
         bounds = [starts.nonzero().flatten(), torch.tensor([starts.numel()], device=source.device)]
-        cu_seq_lens = torch.cat(bounds).to(torch.int32)
-    if cu_seq_lens.numel() == batch + 1:
+        cu_seqlens = torch.cat(bounds).to(torch.int32)
+    if cu_seqlens.numel() == batch + 1:
         return None
-    return _Documents(cu_seq_lens, longest if packed and longest else int(cu_seq_lens.diff().max()))
+    cu_seqlens = cu_seqlens.to(source.device)
+    return Documents(cu_seqlens, longest if packed and longest else int(cu_seqlens.diff().max()))
 
 
 def _flash_takes(query: Tensor, dropout: float, softcap: float | None) -> bool:
     return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and softcap is None and dropout == 0
 
 
-def _flash(
-    query: Tensor, key: Tensor, value: Tensor, documents: _Documents, scale: float, window: int | None
-) -> Tensor:
+def _flash(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scale: float, window: int | None) -> Tensor:
     """All documents in one launch of FlashAttention."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -154,7 +143,7 @@ def _flash(
     if "enable_gqa" in signature(varlen_attn).parameters:
         options["enable_gqa"] = True
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    bounds = documents.cu_seq_lens.to(query.device)
+    bounds = documents.cu_seqlens.to(query.device)
     out = varlen_attn(q, k, v, bounds, bounds, documents.longest, documents.longest, **options)
     return out.unflatten(0, (query.shape[0], query.shape[2]))
 

@@ -26,6 +26,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from whet.errors import WhetError
 from whet.models import attention
+from whet.models.fused import fuse
 
 log = logging.getLogger("whet")
 
@@ -152,6 +153,7 @@ def load(
     _keep_nf4_layout(model)
     if attn_implementation is None and getattr(model, "_supports_attention_backend", False):
         model.set_attn_implementation(attention.register())
+        fuse(model)
     return model, tokenizer
 
 

@@ -25,8 +25,11 @@ import transformers
 import trl
 from peft import PeftModel
 from torch import nn
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from whet.models import attention
+from whet.models import activations, attention, fused
+from whet.models.head import use_fused_head
+from whet.plan.fit import fit_to_memory
 from whet.train.arguments import OLDER_ARGUMENTS, TRL_MAY_DECIDE, OlderArguments, given_names, translate
 from whet.train.formatting import FormattingFunction, formatted
 
@@ -114,6 +117,9 @@ def _values(args: transformers.TrainingArguments, given: frozenset[str]) -> Argu
 
 
 def _keep_activations(model: Any) -> None:
+    shared = fused.shared_of(model)
+    if shared is not None:
+        shared.policy, shared.layers, shared.auto = activations.ALL, None, False
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     # transformers 5.24 renamed the method
     disable = getattr(base, "activation_checkpointing_disable", None) or base.gradient_checkpointing_disable
@@ -185,11 +191,32 @@ class SFTTrainer(OlderTrainer, trl.SFTTrainer):
 
     config_class = SFTConfig
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if hasattr(self.model, "max_seq_length"):
+            use_fused_head(self.model)
+            self._drop_padding()
+
+    def _drop_padding(self) -> None:
+        """Rows one after another instead of padded ones: no token is computed that nobody asked for.
+
+        TRL has this too, but refuses it with `max_length`, to which the rows are cut here all the same.
+        """
+        collator, logits_are_read = self.data_collator, (self.compute_metrics, self.compute_loss_func)
+        plain = type(collator) is DataCollatorForLanguageModeling and not self.args.packing
+        if plain and fused.shared_of(self.model) is not None and logits_are_read == (None, None):
+            self.data_collator = dataclasses.replace(collator, padding_free=True)
+
     def _adjust(self, config: Any, arguments: Arguments) -> None:
         if arguments.get("formatting_func") is not None:
             config.dataset_text_field = "text"
             if config.completion_only_loss is None:
                 config.completion_only_loss = False  # TRL would refuse a formatted data set with a "prompt" column
+        shared = fused.shared_of(arguments["model"]) if hasattr(arguments.get("model"), "max_seq_length") else None
+        if shared is None:
+            return
+        if shared.auto:
+            fit_to_memory(arguments["model"], config, shared.budget)
 
     def _prepare_dataset(
         self,

@@ -1,0 +1,349 @@
+"""How far bf16 training steps of whet and of transformers + PEFT lie from the same function in fp64, by model family.
+
+    PYTHONPATH=src python bench/accuracy.py --run-id ID --out bench/results/accuracy.jsonl
+
+The random models of tests/parity, larger, so that the GPU's fast matrix products and attention kernels are used. One
+adapter (fp32, B random), full rows and packed documents, in bf16 on the GPU where there is one:
+
+    whet      the fused block; refused where any layer of any batch ran without it
+    plain     transformers + PEFT, whose adapters compute in fp32
+    autocast  the same under autocast, as trainers run it: adapters compute in bf16
+    exact     transformers + PEFT in fp64 on the CPU, eager attention, from the same weights; of an NF4 base the
+              dequantized weights. transformers rounds norms, softmax and angles to fp32 even there: some 1e-7
+
+An error is ||a - exact|| / ||exact|| over all batches together: of the batches' losses, of every token's loss, of the
+logits, and of all adapters' gradients. `ratio` is whet's to plain's; `spread` the least and greatest of single batches,
+not given for the loss, whose error in one batch is one number and near zero by luck.
+One JSON line for each family and base. Nothing is judged here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from environment import ROOT, origin
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.utils import logging
+
+sys.path.insert(0, str(ROOT))
+
+import whet
+from tests.parity import harness
+from tests.parity.families import ALTERNATING, FAMILIES, seeded, write_checkpoint
+from whet import FastLanguageModel
+from whet.kernels import attention as kernels
+from whet.models import fused
+
+RANK, ALPHA, SEED = 8, 16, 3407
+BASES = ("bf16", "nf4")
+PARTS = ("loss", "token_loss", "logits", "gradients")
+WAYS = ("whet", "plain", "autocast")
+
+
+@dataclass(frozen=True)
+class Size:
+    """The models and batches: widths, layers, tokens of a full row and of each packed row, window, batches."""
+
+    hidden: int = 512
+    intermediate: int = 1408
+    layers: int = 4
+    heads: int = 8
+    kv_heads: int = 4
+    head_dim: int = 64
+    vocabulary: int = 512
+    length: int = 512
+    window: int = 100
+    batches: int = 8
+
+    def __post_init__(self) -> None:
+        if self.hidden % 64 or self.intermediate % 64 or self.heads * self.head_dim % 64:
+            # bitsandbytes 0.50 dequantizes others wrongly on a CPU, by a quarter of the weight's norm
+            raise ValueError("hidden, intermediate and heads x head_dim must be multiples of 64, a block of NF4")
+
+
+class NotFused(RuntimeError):
+    """A layer ran as transformers wrote it, so what was measured is not the fused block."""
+
+
+def measure(family: str, base: str, size: Size, device: str) -> dict[str, Any]:
+    """The errors of each way, their ratio, and which attention kernels whet's passes used."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = write(Path(folder), family, size)
+        models = {"plain": plain_model(made, family, base, device), "whet": whet_model(made, family, base)}
+        models["exact"] = exact_model(made, family, models["plain"])
+    if base == "nf4":
+        check_same_bits(models["whet"], models["plain"])
+    randomise(models)
+    errors = {way: Errors() for way in WAYS}
+    backends: Counter[str] = Counter()
+    for batch in batches(size):
+        exact = one_pass(models["exact"], batch, "cpu")
+        with fused_only(models["whet"], passes=1) as used:
+            errors["whet"].add(one_pass(models["whet"], batch, device), exact)
+        backends += used
+        errors["plain"].add(one_pass(models["plain"], batch, device), exact)
+        with torch.autocast(device, dtype=torch.bfloat16):
+            errors["autocast"].add(one_pass(models["plain"], batch, device), exact)
+    totals = {way: found.total() for way, found in errors.items()}
+    single = {part: errors["whet"].ratios(errors["plain"], part) for part in PARTS if part != "loss"}
+    return {
+        **totals,
+        "ratio": {part: totals["whet"][part] / totals["plain"][part] for part in PARTS},
+        "spread": {part: [min(ratios), max(ratios)] for part, ratios in single.items()},
+        "attention": dict(sorted(backends.items())),
+    }
+
+
+# ------------------------------------------------------------ models
+
+
+def write(folder: Path, family: str, size: Size) -> Path:
+    """The checkpoint of tests/parity in bf16 and at this size."""
+    options: dict[str, Any] = {
+        "hidden_size": size.hidden,
+        "intermediate_size": size.intermediate,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.kv_heads,
+        "vocab_size": size.vocabulary,
+        "max_position_embeddings": 4 * size.length,
+    }
+    if family != "phi3":  # which works it out
+        options["head_dim"] = size.head_dim
+    if "sliding_window" in FAMILIES[family].options:
+        options["sliding_window"] = size.window
+    if "layer_types" in FAMILIES[family].options:
+        options["layer_types"] = (ALTERNATING * size.layers)[: size.layers]
+    return write_checkpoint(folder, family, torch.bfloat16, **options)
+
+
+def whet_model(folder: Path, family: str, base: str) -> PeftModel:
+    model, _ = FastLanguageModel.from_pretrained(str(folder), load_in_4bit=base == "nf4", dtype=torch.bfloat16)
+    targets = FAMILIES[family].targets
+    return FastLanguageModel.get_peft_model(model, r=RANK, lora_alpha=ALPHA, target_modules=targets).train()
+
+
+def plain_model(folder: Path, family: str, base: str, device: str) -> PeftModel:
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.bfloat16,
+        quantization_config=nf4 if base == "nf4" else None,
+        device_map={"": 0 if device == "cuda" else "cpu"},
+        attn_implementation=FAMILIES[family].plain_attention,
+    )
+    return get_peft_model(model, lora(family)).train()
+
+
+def exact_model(folder: Path, family: str, plain: PeftModel) -> PeftModel:
+    """In fp64 on the CPU. Layers that `plain` holds as NF4 get the values its bits stand for."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+    for name, weight in nf4_weights(plain).items():
+        layer = model.get_submodule(name)
+        layer.weight.data.copy_(dequantized(weight).view_as(layer.weight))
+    return get_peft_model(model, lora(family)).double().train()
+
+
+def lora(family: str) -> LoraConfig:
+    targets = list(FAMILIES[family].targets)
+    return LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, task_type="CAUSAL_LM")
+
+
+def nf4_weights(model: PeftModel) -> dict[str, Any]:
+    """4-bit parameters by the name that their layer has without an adapter."""
+    return {
+        name.removesuffix(".base_layer"): module.weight
+        for name, module in model.get_base_model().named_modules()
+        if isinstance(module, bnb.nn.Linear4bit)
+    }
+
+
+def dequantized(weight: Any) -> Tensor:
+    """In fp32: what bf16 rounds off is an error of the program that rounds, not of the weight."""
+    state = copy.copy(weight.quant_state)
+    state.dtype = torch.float32
+    return bnb.functional.dequantize_4bit(weight.data, state).cpu()
+
+
+def check_same_bits(ours: PeftModel, theirs: PeftModel) -> None:
+    """Both must hold the same NF4 weights, or they are two functions."""
+    a, b = nf4_weights(ours), nf4_weights(theirs)
+    if not a or a.keys() != b.keys():
+        raise RuntimeError("whet and transformers hold different layers in 4 bits")
+    for name in a:
+        if not torch.equal(dequantized(a[name]), dequantized(b[name])):
+            raise RuntimeError(f"whet and transformers hold different 4-bit weights in {name}")
+
+
+def randomise(models: dict[str, PeftModel]) -> None:
+    """One adapter for all, held in fp32, B drawn as well: while it is zero, A has no gradient."""
+    with seeded(SEED):
+        for name, parameter in sorted(harness.adapter(models["whet"]).items()):
+            nn.init.normal_(parameter, std=0.1 if "lora_B" in name else parameter.shape[1] ** -0.5)
+    ours = harness.adapter(models["whet"])
+    for model in models.values():
+        theirs = harness.adapter(model)
+        if theirs.keys() != ours.keys():
+            raise RuntimeError("the models train different parameters")
+        for name, parameter in theirs.items():
+            parameter.data.copy_(ours[name].data)
+
+
+# ------------------------------------------------------------ batches and passes
+
+
+def batches(size: Size) -> Iterator[dict[str, Tensor]]:
+    """Two full rows, then two rows' worth of packed documents of unequal lengths, and so on; each drawn anew."""
+    for seed in range(size.batches):
+        draw = torch.Generator().manual_seed(seed)
+        lengths = [size.length] * 2 if seed % 2 == 0 else document_lengths(2 * size.length, draw)
+        documents = [torch.randint(3, size.vocabulary, (length,), generator=draw) for length in lengths]
+        yield harness.padded(documents) if seed % 2 == 0 else harness.packed(documents)
+
+
+def document_lengths(total: int, draw: torch.Generator) -> list[int]:
+    """At least two lengths that fill `total`, from three tokens to half of it."""
+    lengths: list[int] = []
+    while (left := total - sum(lengths)) > 0:
+        length = int(torch.randint(3, total // 2 + 1, (1,), generator=draw))
+        lengths.append(length if left - length >= 3 else left)
+    return lengths
+
+
+@dataclass
+class Result:
+    """One pass in fp64 on the CPU: the parts that are compared, as vectors."""
+
+    loss: Tensor
+    token_loss: Tensor
+    logits: Tensor
+    gradients: Tensor
+
+
+def one_pass(model: PeftModel, batch: dict[str, Tensor], device: str) -> Result:
+    found = harness.run(model, {name: x.to(device) for name, x in batch.items()})
+    logits = found.logits.double().cpu()
+    real = batch.get("attention_mask", torch.ones_like(batch["labels"])).bool()
+    labels = batch["labels"][real][1:]  # a document's first token carries no label, so rows may be joined
+    token_loss = nn.functional.cross_entropy(logits[:-1], labels, reduction="none")[labels != harness.IGNORED]
+    gradients = torch.cat([found.gradients[name].double().cpu().flatten() for name in sorted(found.gradients)])
+    return Result(found.loss.double().cpu().reshape(1), token_loss, logits.flatten(), gradients)
+
+
+class Errors:
+    """Sums of squares, batch by batch: of the distance from the exact result, and of the exact result."""
+
+    def __init__(self) -> None:
+        self._squares: dict[str, list[tuple[float, float]]] = {part: [] for part in PARTS}
+
+    def add(self, found: Result, exact: Result) -> None:
+        for part, squares in self._squares.items():
+            a, b = getattr(found, part), getattr(exact, part)
+            squares.append(((a - b).square().sum().item(), b.square().sum().item()))
+
+    def total(self) -> dict[str, float]:
+        """||a - exact|| / ||exact|| by part, all batches stacked."""
+        return {
+            part: (sum(distance for distance, _ in squares) / sum(norm for _, norm in squares)) ** 0.5
+            for part, squares in self._squares.items()
+        }
+
+    def ratios(self, other: Errors, part: str) -> list[float]:
+        """This distance as a multiple of the other's, batch by batch."""
+        pairs = zip(self._squares[part], other._squares[part], strict=True)
+        return [(a / b) ** 0.5 for (a, _), (b, _) in pairs]
+
+
+@contextmanager
+def fused_only(model: PeftModel, passes: int) -> Iterator[Counter[str]]:
+    """Gives a count of the attention kernels used within. Raises NotFused unless each layer was fused in each pass."""
+    used: Counter[str] = Counter()
+    layers: list[int] = []
+    run, backend = fused.run, kernels._backend
+
+    def counted_run(*args: Any) -> Tensor:
+        layers.append(1)
+        return run(*args)
+
+    def counted_backend(*args: Any) -> str:
+        used[backend(*args)] += 1
+        return backend(*args)
+
+    fused.run, kernels._backend = counted_run, counted_backend
+    try:
+        yield used
+    finally:
+        fused.run, kernels._backend = run, backend
+    expected = passes * model.config.get_text_config().num_hidden_layers
+    if len(layers) != expected:
+        shared = fused.shared_of(model)
+        why = "; ".join(sorted(shared.said)) if shared is not None else "no layer is a fused one"
+        raise NotFused(f"{len(layers)} of {expected} layer passes ran in the fused block ({why or 'no reason given'})")
+
+
+# ------------------------------------------------------------ what is shown and written
+
+
+def table(line: dict[str, Any]) -> str:
+    """One row of the printed table."""
+    cells = [f"{line['family']:8} {line['base']:5}"]
+    for part in PARTS:
+        values = " ".join(f"{line[way][part]:.2e}" for way in WAYS)
+        spread = "({:.2f} to {:.2f})".format(*line["spread"][part]) if part in line["spread"] else ""
+        cells.append(f"{values} {line['ratio'][part]:5.2f} {spread}".rstrip())
+    return " | ".join(cells) + f" | {line['attention']}"
+
+
+HEADER = " | ".join(["family   base ", *(f"{part}: whet plain autocast, whet/plain" for part in PARTS), "attention"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", nargs="+", default=list(FAMILIES), choices=list(FAMILIES), metavar="FAMILY")
+    parser.add_argument("--base", nargs="+", default=list(BASES), choices=BASES)
+    parser.add_argument("--run-id", default=None)
+    parser.add_argument("--out", type=Path, default=None, help="a .jsonl file to append the lines to")
+    for name, value in asdict(Size()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+    args = parser.parse_args()
+    try:
+        size = Size(**{name: getattr(args, name) for name in asdict(Size())})
+    except ValueError as error:
+        parser.error(str(error))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    where = origin()
+    where["versions"]["whet"] = whet.__version__
+    logging.disable_progress_bar()
+    print(HEADER, flush=True)
+    for family in args.family:
+        for base in args.base:
+            about = {"kind": "accuracy", "run_id": args.run_id, "family": family, "base": base}
+            line = about | measure(family, base, size, device) | {"size": asdict(size), "r": RANK, **where}
+            print(table(line), flush=True)
+            if args.out is not None:
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                with open(args.out, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()

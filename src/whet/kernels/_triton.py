@@ -1,0 +1,21 @@
+"""Triton where it is installed. Without it the kernels' files still import, and every operation runs its reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # torch brings triton along on Linux with CUDA, and nowhere else
+    triton = tl = None
+
+__all__ = ["HAVE_TRITON", "jit", "tl", "triton"]
+
+HAVE_TRITON = triton is not None
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """`triton.jit`, or the function as it is."""
+    return triton.jit(function) if HAVE_TRITON else function

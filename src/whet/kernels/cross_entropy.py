@@ -1,0 +1,253 @@
+"""Log-probabilities of labels under an output head, with their gradient, the logits never whole in memory.
+
+    z = scale * (h W^T + b),   with a soft cap c:  z = c * tanh(scale * (h W^T + b) / c)
+    log_prob = z[label] - logsumexp(z)
+    entropy = logsumexp(z) - sum_v p_v z_v,   p = softmax(z)
+    dh = d log_prob / d h = scale * ((1 - (z / c)^2) * (onehot(label) - p)) W    (without a soft cap, no middle factor)
+
+Rows are independent: a loss with gradient g_i for log_prob_i has gradient g_i * dh_i for h_i, so one pass gives both.
+Rows go in chunks. A chunk's logits are a GEMM in the dtype of h; one kernel reads them for the statistics and again to
+overwrite them with the gradient (2 reads and 1 write of the logits in all); a second GEMM makes that rows of dh.
+
+All but the GEMMs in fp32 (in fp64 for fp64 inputs). Source: the online softmax of Milakov & Gimelshein 2018,
+arXiv:1805.02867; entropy from the sums of exp(z - m) and of exp(z - m) (z - m), both kept at the running maximum m.
+Shapes: h [N, D], W [V, D], b [V], labels [N]; N rows that have a label, D model width, V vocabulary.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from whet.kernels._triton import HAVE_TRITON, jit, tl, triton
+
+CHUNK_BYTES = 128 << 20
+ROWS = 128  # chunks are multiples of it, which GEMM tiles divide
+LEAST_ROWS = 256  # with fewer rows a chunk's GEMMs wait for W from memory
+ALIGNED = (
+    64  # elements; the width of the logits buffer is a multiple of it, so that every row can be read in wide loads
+)
+
+
+class LogProbs(NamedTuple):
+    """What `linear_log_probs` gives for each row: fp32, bool where it says so; dh in the dtype of h."""
+
+    log_probs_N: torch.Tensor
+    entropy_N: torch.Tensor
+    is_top1_N: torch.Tensor  # bool: the label is the first of the largest logits, as argmax counts
+    dh_ND: torch.Tensor | None  # gradient of log_probs_N[i] with respect to h_ND[i]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# ---------------------------------------------------------------- one chunk of logits
+
+
+def log_probs_of_logits_reference(
+    logits_NV: torch.Tensor,
+    labels_N: torch.Tensor,
+    out: LogProbs,
+    *,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    need_grad: bool = True,
+) -> None:
+    """Write the statistics of a chunk into `out`; overwrite its logits with d log_prob / d logits where `need_grad`."""
+    z_NV = logits_NV.to(_wide(logits_NV.dtype))
+    if scale != 1.0:
+        z_NV = z_NV * scale
+    if softcap is not None:
+        t_NV = torch.tanh(z_NV / softcap)
+        z_NV = t_NV * softcap
+    out.is_top1_N.copy_(z_NV.argmax(-1) == labels_N)
+    log_p_NV = torch.log_softmax(z_NV, -1)
+    out.log_probs_N.copy_(log_p_NV.gather(-1, labels_N[:, None])[:, 0])
+    p_NV = log_p_NV.exp()
+    out.entropy_N.copy_(log_p_NV.mul_(p_NV).sum(-1).neg_())
+    if not need_grad:
+        return
+    d_NV = p_NV.neg_()
+    d_NV.scatter_add_(-1, labels_N[:, None], torch.ones_like(labels_N[:, None], dtype=d_NV.dtype))
+    if softcap is not None:
+        d_NV.mul_(1 - t_NV * t_NV)
+    logits_NV.copy_(d_NV.mul_(scale) if scale != 1.0 else d_NV)
+
+
+@jit
+def _tanh_parts(x):
+    """tanh(x) and 1 - tanh(x)^2, the second without cancellation."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    t = (1.0 - e) / (1.0 + e)
+    return tl.where(x < 0, -t, t), 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
+@jit
+def _capped(u, softcap, HAS_SOFTCAP: tl.constexpr):
+    """z of the scaled logits u."""
+    if HAS_SOFTCAP:
+        t, _slope = _tanh_parts(u / softcap)
+        return t * softcap
+    return u
+
+
+@jit
+def _log_probs_kernel(
+    logits_ptr,
+    labels_ptr,
+    log_prob_ptr,
+    entropy_ptr,
+    top1_ptr,
+    row_stride,
+    V,
+    scale,
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    NEED_GRAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # One program a row. Loads and stores are masked by the row stride, which is divisible by 64, not by V: an odd V
+    # would forbid wide ones. Columns from V to the stride belong to the buffer and count for nothing.
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * row_stride
+    label = tl.load(labels_ptr + row)
+    in_range = (label >= 0) & (label < V)
+    u_label = tl.load(row_ptr + label, mask=in_range, other=float("nan")).to(tl.float32) * scale
+    z_label = _capped(u_label, softcap, HAS_SOFTCAP)
+    columns = tl.arange(0, BLOCK)
+
+    m = tl.full((), -1e38, tl.float32)  # finite, so that the first rescale is exp(-large) = 0 and not exp(-inf + inf)
+    s_B = tl.zeros((BLOCK,), tl.float32)
+    zs_B = tl.zeros((BLOCK,), tl.float32)
+    beaten_B = tl.zeros((BLOCK,), tl.int32)
+    ahead = tl.load(row_ptr + columns, mask=columns < row_stride, other=0.0)
+    for start in range(0, V, BLOCK):
+        offsets = start + columns
+        inside = offsets < V
+        u = ahead.to(tl.float32) * scale
+        # The next block is on its way while this one is reduced.
+        ahead = tl.load(row_ptr + offsets + BLOCK, mask=offsets + BLOCK < row_stride, other=0.0)
+        beaten_B |= (inside & ((u > u_label) | ((u == u_label) & (offsets < label)))).to(tl.int32)
+        z = _capped(u, softcap, HAS_SOFTCAP)
+        new_m = tl.maximum(m, tl.max(tl.where(inside, z, -1e38), axis=0))
+        d = z - new_m
+        e = tl.where(inside, tl.exp(d), 0.0)
+        rescale = tl.exp(m - new_m)
+        zs_B = (zs_B + s_B * (m - new_m)) * rescale + e * tl.where(inside, d, 0.0)
+        s_B = s_B * rescale + e
+        m = new_m
+    s = tl.sum(s_B, axis=0)
+    inverse_s = 1.0 / s
+    log_prob = (z_label - m) - tl.log(s)
+    tl.store(log_prob_ptr + row, log_prob)
+    tl.store(entropy_ptr + row, tl.log(s) - tl.sum(zs_B, axis=0) / s)
+    beaten = tl.max(beaten_B, axis=0)
+    tl.store(top1_ptr + row, (beaten == 0) & (log_prob == log_prob))
+
+    if NEED_GRAD:
+        # From the end to the start: the last blocks of the row are still in cache.
+        blocks = tl.cdiv(V, BLOCK)
+        for i in range(0, blocks):
+            offsets = (blocks - 1 - i) * BLOCK + columns
+            inside = offsets < V
+            u = tl.load(row_ptr + offsets, mask=offsets < row_stride, other=0.0).to(tl.float32) * scale
+            if HAS_SOFTCAP:
+                t, slope = _tanh_parts(u / softcap)
+                grad = (tl.where(offsets == label, 1.0, 0.0) - tl.exp(t * softcap - m) * inverse_s) * slope
+            else:
+                grad = tl.where(offsets == label, 1.0, 0.0) - tl.exp(u - m) * inverse_s
+            grad = tl.where(inside, grad * scale, 0.0)
+            tl.store(row_ptr + offsets, grad.to(logits_ptr.dtype.element_ty), mask=offsets < row_stride)
+
+
+def log_probs_of_logits_triton(
+    logits_NV: torch.Tensor,
+    labels_N: torch.Tensor,
+    out: LogProbs,
+    *,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    need_grad: bool = True,
+) -> None:
+    """As `log_probs_of_logits_reference`. Columns of a row past V, up to its stride, are overwritten too."""
+    N, V = logits_NV.shape
+    if N == 0:
+        return
+    block = min(8192, max(128, triton.next_power_of_2(V)))
+    _log_probs_kernel[(N,)](
+        logits_NV,
+        labels_N,
+        out.log_probs_N,
+        out.entropy_N,
+        out.is_top1_N,
+        logits_NV.stride(0),
+        V,
+        float(scale),
+        float(softcap or 1.0),
+        HAS_SOFTCAP=softcap is not None,
+        NEED_GRAD=need_grad,
+        BLOCK=block,
+        num_warps=max(4, block // 512),
+    )
+
+
+# ---------------------------------------------------------------- all rows
+
+
+def chunk_rows(rows: int, row_bytes: int, chunk_bytes: int) -> int:
+    """Rows of a chunk: equal chunks, but for the last, of as many rows as `chunk_bytes` holds."""
+    most = max(LEAST_ROWS, chunk_bytes // row_bytes // ROWS * ROWS)
+    chunks = max(1, -(-rows // most))
+    return max(ROWS, -(-rows // (chunks * ROWS)) * ROWS)
+
+
+def linear_log_probs(
+    h_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    labels_N: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    need_grad: bool = True,
+    chunk_bytes: int = CHUNK_BYTES,
+    out: torch.Tensor | None = None,
+) -> LogProbs:
+    """Log-probability, entropy and rank of each row's label, and the gradient of the first with respect to h.
+
+    labels_N: int64 in [0, V). A label outside gives NaN on a GPU and an error on a CPU.
+    chunk_bytes: size of the logits buffer, unless 256 rows need more.
+    out: takes dh; may be `h_ND` itself. Not used, and dh_ND is None, without `need_grad`.
+    A weight in another dtype than h is cast whole. Autograd sees nothing of this.
+    """
+    N, V = h_ND.shape[0], weight_VD.shape[0]
+    fused = h_ND.is_cuda and HAVE_TRITON and h_ND.dtype != torch.float64
+    fold = log_probs_of_logits_triton if fused else log_probs_of_logits_reference
+    with torch.no_grad(), torch.autocast(h_ND.device.type, enabled=False):
+        weight_VD = weight_VD.to(h_ND.dtype)
+        labels_N = labels_N.contiguous()
+        wide = _wide(h_ND.dtype)
+        result = LogProbs(
+            h_ND.new_empty(N, dtype=wide),
+            h_ND.new_empty(N, dtype=wide),
+            h_ND.new_empty(N, dtype=torch.bool),
+            (torch.empty_like(h_ND) if out is None else out) if need_grad else None,
+        )
+        stride = -(-V // ALIGNED) * ALIGNED
+        rows = chunk_rows(N, stride * h_ND.element_size(), chunk_bytes)
+        buffer = h_ND.new_empty(rows, stride)
+        for i in range(0, N, rows):
+            part = slice(i, min(i + rows, N))
+            logits_nV = buffer[: part.stop - i, :V]
+            if bias is None:
+                torch.mm(h_ND[part], weight_VD.T, out=logits_nV)
+            else:
+                torch.addmm(bias.to(h_ND.dtype), h_ND[part], weight_VD.T, out=logits_nV)
+            statistics = LogProbs(result.log_probs_N[part], result.entropy_N[part], result.is_top1_N[part], None)
+            fold(logits_nV, labels_N[part], statistics, softcap=softcap, scale=scale, need_grad=need_grad)
+            if result.dh_ND is not None:
+                torch.mm(logits_nV, weight_VD, out=result.dh_ND[part])
+    return result

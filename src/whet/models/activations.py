@@ -1,0 +1,114 @@
+"""What a layer keeps of its forward pass for its backward, and where: on the device, or in pinned host memory.
+
+    ALL       everything the backward reads                                        92 KB a token and layer (8B, bf16)
+    MOST      all but gate and up, the output of the widest product                37
+    ATTENTION the layer's input and attention's output; products run again         16
+    INPUT     the layer's input alone; attention runs again too                     8
+
+On the host, layer l's values leave while layer l + 1 is computed, and come back while layer l + 1's backward runs: two
+layers' worth is on the device at a time. Pinned buffers are made in the first step and used again in every other.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+Values = dict[str, Tensor]
+
+ALWAYS = frozenset({"o_tail"})
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Which values of KEPT (models/block.py) stay beside the layer's input, and whether they wait in host memory."""
+
+    keep: frozenset[str]
+    offload: bool = False
+
+
+ALL = Policy(ALWAYS | {"lse", "o", "m", "qkv", "gate_up"})
+MOST = Policy(ALWAYS | {"lse", "o", "m", "qkv"})
+ATTENTION = Policy(ALWAYS | {"lse", "o"})
+INPUT = Policy(ALWAYS)
+
+
+@dataclass(eq=False)
+class Parked:
+    """One layer's values in host memory. `device` holds them on the device: before they have left, or once back."""
+
+    host: Values
+    device: Values | None
+    arrived: torch.cuda.Event | None = None
+
+
+@dataclass
+class HostMemory:
+    """Pinned buffers for the layers of one model, and the stream that copies to and from them."""
+
+    device: torch.device
+    _stream: torch.cuda.Stream = field(init=False)
+    _free: list[Values] = field(default_factory=list)
+    _leaving: deque[tuple[torch.cuda.Event, Parked]] = field(default_factory=deque)
+    _stack: list[Parked] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._stream = torch.cuda.Stream(self.device)
+
+    def park(self, values: Values) -> Parked:
+        """Begin to copy values to the host. They must not be changed after this."""
+        compute = torch.cuda.current_stream(self.device)
+        parked = Parked(self._buffers(values), values)
+        self._stream.wait_stream(compute)
+        with torch.cuda.stream(self._stream):
+            for name, x in values.items():
+                parked.host[name].copy_(x, non_blocking=True)
+            left = torch.cuda.Event()
+            left.record(self._stream)
+        self._leaving.append((left, parked))
+        self._stack.append(parked)
+        while len(self._leaving) > 1:  # the memory of what has left may be written over from here on
+            event, gone = self._leaving.popleft()
+            compute.wait_event(event)
+            gone.device = None
+        return parked
+
+    def fetch(self, parked: Parked) -> Values:
+        """The values on the device; the layer below's begin to come back meanwhile."""
+        self._recall(parked)
+        if parked.arrived is not None:
+            torch.cuda.current_stream(self.device).wait_event(parked.arrived)
+        self._leaving = deque(x for x in self._leaving if x[1] is not parked)
+        if parked in self._stack:
+            below = self._stack[: self._stack.index(parked)]
+            self._stack.remove(parked)
+            self._free.append(parked.host)
+            if below:
+                self._recall(below[-1])
+        values, parked.device = parked.device, None
+        assert values is not None
+        return values
+
+    def _recall(self, parked: Parked) -> None:
+        if parked.device is not None:
+            return
+        compute = torch.cuda.current_stream(self.device)
+        parked.device = {name: torch.empty_like(x, device=self.device) for name, x in parked.host.items()}
+        self._stream.wait_stream(compute)  # the memory may still be read by work that was queued before
+        with torch.cuda.stream(self._stream):
+            for name, x in parked.host.items():
+                parked.device[name].copy_(x, non_blocking=True)
+            parked.arrived = torch.cuda.Event()
+            parked.arrived.record(self._stream)
+
+    def _buffers(self, values: Values) -> Values:
+        shapes = {name: (x.shape, x.dtype) for name, x in values.items()}
+        for i, buffers in enumerate(self._free):
+            if {name: (x.shape, x.dtype) for name, x in buffers.items()} == shapes:
+                return self._free.pop(i)
+        if self._free:  # another batch shape: let the old buffer go rather than hold both
+            self._free.pop()
+        return {name: torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for name, x in values.items()}

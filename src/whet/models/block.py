@@ -1,0 +1,315 @@
+"""One decoder layer, forward and backward, written out: the fused block.
+
+    x1 = norm(h)            qkv = x1 Wqkv         o = attention(rope(qkv))     m = h + o Wo
+    x2 = norm(m)            gu = x2 Wgu           a = f(gate) * up             out = m + a Wd
+
+The base is frozen, so the backward needs only the gradient of the input through each weight, and of the adapters. It
+reads h, qkv, o with its log-sum-exp, m and gu; what of these was not kept is computed again, and nothing else is.
+Weights are dequantized once a pass, adapters beside them, and tokens go through them in tiles. Gemma's layers norm the
+outputs of Wo and Wd once more (`attention_post_norm`, `mlp_post_norm`) before they are added.
+
+Shapes: h, m, out [T, D]; qkv [T, (Q + 2 G) d]; o [T, Q d]; gu [T, 2 F]; T tokens of all documents, D model width, F MLP
+width, Q query and G key heads of d. The suffix `e` marks a buffer with the adapters' R columns behind its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from whet.kernels.attention import Documents, Rows, attention, attention_backward
+from whet.kernels.glu import glu, glu_backward
+from whet.kernels.rms_norm import rms_norm, rms_norm_backward
+from whet.kernels.rope import rope, rope_backward
+from whet.models.families import LayerShape, Norm
+from whet.models.projection import Projection, Weights
+
+Saved = dict[str, Tensor]
+# What the backward reads beside the layer's input, from the dearest to the cheapest to compute again.
+KEPT = ("lse", "o", "m", "qkv", "gate_up")
+TAILS = ("o_tail", "down_tail")  # o A^T and a A^T: some bytes a token, always kept
+
+
+@dataclass(frozen=True)
+class Block:
+    """A layer as it stands in one forward pass: its shape, weights, adapters, and the batch's positions.
+
+    cos, sin [P, d'/2] in fp32: token t takes row t % P. tile: tokens that go through a weight at once.
+    """
+
+    shape: LayerShape
+    qkv: Projection
+    o: Projection
+    gate_up: Projection
+    down: Projection
+    cos: Tensor
+    sin: Tensor
+    layout: Rows | Documents
+    tile: int
+
+    @property
+    def parameters(self) -> tuple[torch.nn.Parameter, ...]:
+        """The adapters' weights, in the order of the gradients that `backward` returns."""
+        return (*self.qkv.parameters, *self.o.parameters, *self.gate_up.parameters, *self.down.parameters)
+
+    # ------------------------------------------------------------ forward
+
+    def forward(self, h: Tensor, keep: frozenset[str]) -> tuple[Tensor, Saved]:
+        """The layer's output [T, D], and those intermediate values that `keep` names."""
+        qkv = self.project_qkv(h)
+        o, lse = self.attend(qkv)
+        m, post, o_tail = self.project_o(h, o)
+        saved: Saved = {"o_tail": o_tail, "o": o, "m": m, "qkv": qkv} | post | _numbered("lse", lse)
+        out, mlp = self.mlp(m, keep_gate_up="gate_up" in keep)
+        return out, {name: x for name, x in (saved | mlp).items() if _kind(name) in keep}
+
+    def project_qkv(self, h: Tensor) -> Tensor:
+        """q, k, v of all tokens; rotated, unless their heads are normed, when the backward needs them as they are."""
+        e = self.qkv.weights(h.dtype, h.device)
+        qkv = h.new_empty(h.shape[0], self.qkv.rows)
+        for s in self.tiles(h):
+            torch.mm(self.normed(h[s], self.shape.input_norm, self.qkv, e), e.forward, out=qkv[s])
+        return qkv if self.shape.spec.qk_norm else self.rotated(qkv, out=qkv)
+
+    def rotated(self, qkv: Tensor, out: Tensor | None = None) -> Tensor:
+        return rope(qkv, self.cos, self.sin, self.shape.q_heads, self.shape.kv_heads, **self.head_norms(), out=out)
+
+    def attend(self, qkv: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Attention's output [T, Q d] and what its backward reads beside it."""
+        if self.shape.spec.qk_norm:
+            qkv = self.rotated(qkv)
+        o, saved = attention(*self.heads(qkv), self.layout, **self.attention_options())
+        return o.reshape(o.shape[0], -1), saved
+
+    def project_o(self, h: Tensor, o: Tensor) -> tuple[Tensor, Saved, Tensor]:
+        """h plus attention's share; what Gemma's backward needs of it; o A^T."""
+        e = self.o.weights(h.dtype, h.device)
+        m, tail = torch.empty_like(h), h.new_empty(h.shape[0], self.o.rank)
+        post = {"attention_output": torch.empty_like(h)} if self.shape.attention_post_norm else {}
+        for s in self.tiles(h):
+            oe = self.with_margin(o[s], self.o, e)
+            tail[s] = oe[:, self.o.columns :][:, : self.o.rank]
+            self.add(h[s], oe, e.forward, self.shape.attention_post_norm, m[s], *(x[s] for x in post.values()))
+        return m, post, tail
+
+    def mlp(self, m: Tensor, *, keep_gate_up: bool) -> tuple[Tensor, Saved]:
+        ge, de = (p.weights(m.dtype, m.device) for p in (self.gate_up, self.down))
+        out, tail = torch.empty_like(m), m.new_empty(m.shape[0], self.down.rank)
+        post = {"mlp_output": torch.empty_like(m)} if self.shape.mlp_post_norm else {}
+        kept = {}
+        for i, s in enumerate(self.tiles(m)):
+            gate_up = self.normed(m[s], self.shape.mlp_norm, self.gate_up, ge) @ ge.forward
+            ae = self.activated(gate_up, de)
+            tail[s] = ae[:, self.down.columns :][:, : self.down.rank]
+            self.add(m[s], ae, de.forward, self.shape.mlp_post_norm, out[s], *(x[s] for x in post.values()))
+            if keep_gate_up:
+                kept[f"gate_up.{i}"] = gate_up
+        return out, {"down_tail": tail} | post | kept
+
+    # ------------------------------------------------------------ backward
+
+    def backward(
+        self, h: Tensor, dout: Tensor, saved: Saved, *, input_grad: bool
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """The gradient of the layer's input [T, D], None unless `input_grad`, and those of `parameters`."""
+        saved = dict(saved)  # what is computed again is put here
+        self.restore(h, saved)
+        dm, mlp_grads = self.mlp_backward(dout, saved)
+        do, o_grads = self.project_o_backward(dm, saved)
+        qkv = saved["qkv"] if not self.shape.spec.qk_norm else self.rotated(saved["qkv"])
+        o = saved["o"].unflatten(1, (self.shape.q_heads, -1))
+        dqkv = attention_backward(
+            do.unflatten(1, (self.shape.q_heads, -1)),
+            *self.heads(qkv),
+            o,
+            tuple(x for name, x in saved.items() if _kind(name) == "lse"),
+            self.layout,
+            **self.attention_options(),
+        )
+        del do, o, qkv
+        dh, qkv_grads = self.project_qkv_backward(h, dm, dqkv, saved, input_grad=input_grad)
+        return dh, [*qkv_grads, *o_grads, *mlp_grads]
+
+    def restore(self, h: Tensor, saved: Saved) -> None:
+        """Compute again what of qkv, o, m and Gemma's outputs was not kept."""
+        if "qkv" not in saved:
+            saved["qkv"] = self.project_qkv(h)
+        if "o" not in saved:
+            saved["o"], lse = self.attend(saved["qkv"])
+            saved |= _numbered("lse", lse)
+        if "m" not in saved:
+            saved["m"], post, _ = self.project_o(h, saved["o"])
+            saved |= post
+        if self.shape.mlp_post_norm and "mlp_output" not in saved:
+            _, mlp = self.mlp(saved["m"], keep_gate_up=False)
+            saved["mlp_output"] = mlp["mlp_output"]
+
+    def mlp_backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, list[Tensor]]:
+        """The gradient of m, in the first D columns of a buffer with Wo's margin, and those of gate_up's and down's."""
+        m, gate_up_p, down = saved["m"], self.gate_up, self.down
+        ge, de = (p.weights(m.dtype, m.device) for p in (gate_up_p, down))
+        dm = m.new_empty(m.shape[0], self.o.rows + self.o.margin(m.device))
+        grads = _Sum()
+        for i, s in enumerate(self.tiles(m)):
+            x = self.normed(m[s], self.shape.mlp_norm, gate_up_p, ge)
+            gate_up = saved.get(f"gate_up.{i}")
+            if gate_up is None:
+                gate_up = x @ ge.forward
+            dye = m.new_empty(x.shape[0], len(de.back))
+            self.norm_gradient(dout[s], saved.get("mlp_output"), s, self.shape.mlp_post_norm, dye[:, : down.rows])
+            self.fill_gradient_margin(dye, down, de)
+            da = dye @ de.back
+            act, dgue = x.new_empty(x.shape[0], down.columns), x.new_empty(x.shape[0], len(ge.back))
+            glu_backward(da, gate_up, self.shape.activation, act=act, out=dgue[:, : gate_up_p.rows])
+            del da, gate_up
+            self.fill_gradient_margin(dgue, gate_up_p, ge)
+            down_grads = down.gradients(dye[:, down.rows :], act, dye[:, : down.rows], saved["down_tail"][s])
+            del act, dye
+            dx = dgue @ ge.back
+            up_grads = gate_up_p.gradients(
+                dgue[:, gate_up_p.rows :],
+                x[:, : gate_up_p.columns],
+                dgue[:, : gate_up_p.rows],
+                x[:, gate_up_p.columns :],
+            )
+            grads.add([*up_grads, *down_grads])
+            self.norm_backward(dx, m[s], self.shape.mlp_norm, residual=dout[s], out=dm[s, : self.o.rows])
+        return dm, grads.total
+
+    def project_o_backward(self, dm: Tensor, saved: Saved) -> tuple[Tensor, list[Tensor]]:
+        """The gradient of attention's output, and those of Wo's adapter. Fills the margin of dm."""
+        p, o = self.o, saved["o"]
+        e = p.weights(dm.dtype, dm.device)
+        do, grads = torch.empty_like(o), _Sum()
+        for s in self.tiles(o):
+            dye = dm[s]
+            if self.shape.attention_post_norm:
+                dye = torch.empty_like(dye)
+                norm = self.shape.attention_post_norm
+                self.norm_gradient(dm[s, : p.rows], saved["attention_output"], s, norm, dye[:, : p.rows])
+            self.fill_gradient_margin(dye, p, e)
+            torch.mm(dye, e.back, out=do[s])
+            grads.add(p.gradients(dye[:, p.rows :], o[s], dye[:, : p.rows], saved["o_tail"][s]))
+        return do, grads.total
+
+    def project_qkv_backward(
+        self, h: Tensor, dm: Tensor, dqkv: tuple[Tensor, Tensor, Tensor], saved: Saved, *, input_grad: bool
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        p = self.qkv
+        e = p.weights(h.dtype, h.device)
+        dqkve = h.new_empty(h.shape[0], len(e.back))
+        raw = {"qkv": saved["qkv"]} if self.shape.spec.qk_norm else {}
+        rope_backward(*dqkv, self.cos, self.sin, **self.head_norms(), **raw, out=dqkve[:, : p.rows])
+        dh, grads = torch.empty_like(h) if input_grad else None, _Sum()
+        for s in self.tiles(h):
+            x, dye = self.normed(h[s], self.shape.input_norm, p, e), dqkve[s]
+            self.fill_gradient_margin(dye, p, e)
+            grads.add(p.gradients(dye[:, p.rows :], x[:, : p.columns], dye[:, : p.rows], x[:, p.columns :]))
+            if dh is not None:
+                dx = dye @ e.back
+                self.norm_backward(dx, h[s], self.shape.input_norm, residual=dm[s, : self.o.rows], out=dh[s])
+        return dh, grads.total
+
+    # ------------------------------------------------------------ parts of both
+
+    def tiles(self, x: Tensor) -> Iterator[slice]:
+        for start in range(0, x.shape[0], self.tile):
+            yield slice(start, min(start + self.tile, x.shape[0]))
+
+    def normed(self, x: Tensor, norm: Norm, p: Projection, e: Weights) -> Tensor:
+        """norm(x) and, in the margin, its product with the adapters' A."""
+        xe = x.new_empty(x.shape[0], len(e.forward))
+        rms_norm(x, norm.weight, norm.eps, self.shape.spec.norm_offset, out=xe[:, : p.columns])
+        return self.fill_margin(xe, p, e)
+
+    def with_margin(self, x: Tensor, p: Projection, e: Weights) -> Tensor:
+        xe = x.new_empty(x.shape[0], len(e.forward))
+        xe[:, : p.columns] = x
+        return self.fill_margin(xe, p, e)
+
+    def activated(self, gate_up: Tensor, de: Weights) -> Tensor:
+        ae = gate_up.new_empty(gate_up.shape[0], len(de.forward))
+        glu(gate_up, self.shape.activation, out=ae[:, : self.down.columns])
+        return self.fill_margin(ae, self.down, de)
+
+    def fill_margin(self, xe: Tensor, p: Projection, e: Weights) -> Tensor:
+        """x A^T behind x."""
+        if xe.shape[1] > p.columns:
+            torch.mm(xe[:, : p.columns], e.down, out=xe[:, p.columns :])
+        return self.fill_bias(xe, p)
+
+    def fill_bias(self, xe: Tensor, p: Projection) -> Tensor:
+        """A one in the column that the bias is multiplied with."""
+        if p.biased:
+            xe[:, p.columns + p.rank] = 1
+        return xe
+
+    def fill_gradient_margin(self, dye: Tensor, p: Projection, e: Weights) -> None:
+        """dY (s B) behind dY."""
+        if dye.shape[1] > p.rows:
+            torch.mm(dye[:, : p.rows], e.up, out=dye[:, p.rows :])
+
+    def add(
+        self, residual: Tensor, xe: Tensor, weight: Tensor, norm: Norm | None, out: Tensor, *product: Tensor
+    ) -> None:
+        """out = residual + xe weight, or + norm(xe weight), when the product is also written to `product`."""
+        if norm is None:
+            torch.addmm(residual, xe, weight, out=out)
+            return
+        (y,) = product
+        torch.mm(xe, weight, out=y)
+        rms_norm(y, norm.weight, norm.eps, self.shape.spec.norm_offset, residual=residual, out=out)
+
+    def norm_gradient(self, dy: Tensor, y: Tensor | None, s: slice, norm: Norm | None, out: Tensor) -> None:
+        """The gradient before a post-norm; without one, dy itself."""
+        if norm is None or y is None:
+            out.copy_(dy)
+        else:
+            self.norm_backward(dy, y[s], norm, out=out)
+
+    def norm_backward(self, dy: Tensor, x: Tensor, norm: Norm, *, out: Tensor, residual: Tensor | None = None) -> None:
+        rms_norm_backward(dy, x, norm.weight, norm.eps, self.shape.spec.norm_offset, residual=residual, out=out)
+
+    def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [T, Q, d], k and v [T, G, d]: views."""
+        x = qkv.unflatten(1, (-1, self.shape.head_dim))
+        q, k, v = x.split((self.shape.q_heads, self.shape.kv_heads, self.shape.kv_heads), dim=1)
+        return q, k, v
+
+    def head_norms(self) -> dict[str, Any]:
+        q, k = self.shape.q_norm, self.shape.k_norm
+        if q is None or k is None:
+            return {}
+        return {"q_weight": q.weight, "k_weight": k.weight, "eps": q.eps, "offset": self.shape.spec.norm_offset}
+
+    def attention_options(self) -> dict[str, Any]:
+        return {"scale": self.shape.scale, "window": self.shape.window, "softcap": self.shape.softcap}
+
+
+class _Sum:
+    """The sum of each tile's list of gradients."""
+
+    def __init__(self) -> None:
+        self.total: list[Tensor] = []
+
+    def add(self, tile: list[Tensor]) -> None:
+        if not self.total:
+            self.total = tile
+        else:
+            torch._foreach_add_(self.total, tile)
+
+
+def _numbered(name: str, tensors: tuple[Tensor, ...]) -> Saved:
+    return {f"{name}.{i}": x for i, x in enumerate(tensors)}
+
+
+def _kind(name: str) -> str:
+    """What a policy calls a saved value: that of one tile like that of all, Gemma's outputs like m."""
+    kind = name.partition(".")[0]
+    if kind in TAILS:
+        return "o_tail"
+    return "m" if kind in ("attention_output", "mlp_output") else kind

@@ -1,0 +1,291 @@
+"""Puts the fused block in the place of a model's decoder layers: on this one model, under the same names.
+
+Each layer gets a class of its own, made from the class it had: what it holds, what it is an instance of and what it is
+called stay as they were, so adapters, state dicts and saving go on working. Where the block can't stand in (a cache, a
+mask, an adapter of another kind) the layer's own forward runs, as if nothing had been done to it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections import Counter
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from whet.kernels.attention import Documents, Rows
+from whet.kernels.rms_norm import rms_norm, rms_norm_backward
+from whet.models import activations, attention
+from whet.models.activations import HostMemory, Policy
+from whet.models.block import Block
+from whet.models.families import FamilySpec, LayerShape, Norm, family, projections, read_norm, read_shape
+from whet.models.projection import Reader, lay_together
+
+log = logging.getLogger("whet")
+
+CACHES = ("past_key_values", "cache", "past_key_value", "layer_past")
+TILE = 4096  # tokens: enough for a GPU's matrix products to be at their best
+
+
+@dataclass
+class Shared:
+    """What all fused layers of a model have in common.
+
+    policy: what each keeps for the backward pass, where `layers` does not say it layer by layer. tile: tokens that go
+    through a weight at once. auto: whether a trainer may plan these, within `budget` bytes on the device.
+    """
+
+    config: Any
+    rotary: nn.Module
+    policy: Policy = activations.ALL
+    layers: tuple[Policy, ...] | None = None
+    tile: int = TILE
+    auto: bool = False
+    budget: float | None = None
+    host: HostMemory | None = None
+    said: set[str] = field(default_factory=set)
+    _positions: tuple[Tensor, int, dict[str | None, tuple[Tensor, Tensor]]] | None = field(default=None, init=False)
+
+    def policy_of(self, layer: int) -> Policy:
+        return self.policy if self.layers is None else self.layers[layer]
+
+    def tables(self, position_ids: Tensor, layer_type: str | None) -> tuple[Tensor, Tensor]:
+        """cos and sin [P, d/2] in fp32 of the batch's positions, from the model's own rotary module."""
+        found = self._positions
+        if found is None or found[0] is not position_ids or found[1] != position_ids._version:
+            found = self._positions = (position_ids, position_ids._version, {})
+        kinds = found[2]
+        key = layer_type if _asks_layer_type(type(self.rotary)) else None
+        if key not in kinds:
+            like = torch.empty(0, dtype=torch.float32, device=position_ids.device)
+            with torch.autocast(position_ids.device.type, enabled=False):
+                cos, sin = self.rotary(like, position_ids, *([key] if key is not None else []))
+            kinds[key] = tuple(x[..., : x.shape[-1] // 2].flatten(0, 1).contiguous() for x in (cos, sin))
+        return kinds[key]
+
+    def host_memory(self, device: torch.device) -> HostMemory:
+        if self.host is None:
+            self.host = HostMemory(device)
+        return self.host
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
+
+        return Shared(
+            deepcopy(self.config, memo), deepcopy(self.rotary, memo), self.policy, self.layers, self.tile, self.auto
+        )
+
+
+@cache
+def _asks_layer_type(rotary: type) -> bool:
+    return "layer_type" in inspect.signature(rotary.forward).parameters
+
+
+class FusedLayer:
+    """Goes before a transformers decoder layer's class in the class of a fused layer."""
+
+    _whet: Shared
+    _whet_index: int
+    _whet_shape: LayerShape
+    _whet_norms: tuple[tuple[nn.Module, str, nn.Module], ...]
+    _whet_readers: dict[str, Reader]
+
+    # transformers sets this to have a layer run again in the backward pass. The block keeps what `Shared.policy` says,
+    # so transformers is always told no, and the layer's own forward, where it runs, does what was asked for.
+    @property
+    def gradient_checkpointing(self) -> bool:
+        return False
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        self._whet_recompute = bool(value)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        block = None if args else self._block(hidden_states, kwargs)
+        if isinstance(block, Block):
+            return run(block, hidden_states, self._whet, self._whet.policy_of(self._whet_index))
+        own = partial(super().forward, **kwargs)
+        if getattr(self, "_whet_recompute", False) and self.training and torch.is_grad_enabled():
+            return checkpoint(own, hidden_states, *args, use_reentrant=False)
+        return own(hidden_states, *args)
+
+    def _block(self, h: Tensor, kwargs: dict[str, Any]) -> Block | str:
+        """The block for this batch, or in words why there is none."""
+        shared, shape = self._whet, self._whet_shape
+        if kwargs.get("attention_mask") is not None or any(kwargs.get(name) is not None for name in CACHES):
+            return "a mask or a cache"
+        if shared.config._attn_implementation != attention.NAME:
+            return "another attention was asked for"
+        position_ids = kwargs.get("position_ids")
+        if position_ids is None:
+            return "no positions"
+        if h.dtype == torch.float32 and torch.is_autocast_enabled(h.device.type):
+            return self._say("32-bit weights under autocast")
+        if any(parent._modules[name] is not norm or _trains(norm) for parent, name, norm in self._whet_norms):
+            return self._say("norms that train or were replaced")
+        stacks = {name: reader.read() for name, reader in self._whet_readers.items()}
+        for stack in stacks.values():
+            if isinstance(stack, str):
+                return self._say(stack)
+        documents = attention.find_documents(
+            h.shape[0], h.shape[1], position_ids, kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")
+        )
+        cos, sin = shared.tables(position_ids, shape.layer_type)
+        layout = _layout(h, documents)
+        return Block(shape, **stacks, cos=cos, sin=sin, layout=layout, tile=shared.tile)
+
+    def _say(self, reason: str) -> str:
+        """Say once a model why its layers run as transformers wrote them."""
+        if reason not in self._whet.said:
+            self._whet.said.add(reason)
+            log.warning("generic path, not the fused block: %s", reason)
+        return reason
+
+
+def _layout(h: Tensor, documents: Documents | None) -> Rows | Documents:
+    """Documents of one length are rows, which faster kernels take."""
+    if documents is None:
+        return Rows(h.shape[0], h.shape[1])
+    count = documents.cu_seqlens.numel() - 1
+    if count * documents.longest == h.shape[0] * h.shape[1]:
+        return Rows(count, documents.longest)
+    return documents
+
+
+def run(block: Block, hidden_states: Tensor, shared: Shared, policy: Policy) -> Tensor:
+    """The layer's output [B, S, D], differentiable in the input and the adapters."""
+    parameters = block.parameters
+    if torch.is_grad_enabled() and (hidden_states.requires_grad or any(p.requires_grad for p in parameters)):
+        return _Layer.apply(hidden_states, block, shared, policy, *parameters)
+    with torch.autocast(hidden_states.device.type, enabled=False), torch.no_grad():
+        out, _ = block.forward(hidden_states.flatten(0, 1).contiguous(), frozenset())
+    return out.view_as(hidden_states)
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_states: Tensor, block: Block, shared: Shared, policy: Policy, *parameters: Tensor
+    ) -> Tensor:
+        h = hidden_states.flatten(0, 1).contiguous()
+        with torch.autocast(h.device.type, enabled=False):
+            out, saved = block.forward(h, policy.keep)
+        ctx.block, ctx.parked = block, None
+        saved = {"h": h} | saved
+        if policy.offload and h.is_cuda:
+            ctx.memory = shared.host_memory(h.device)
+            ctx.parked = ctx.memory.park(saved)
+        else:
+            ctx.names = list(saved)
+            ctx.save_for_backward(*saved.values())
+        return out.view_as(hidden_states)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        block: Block = ctx.block
+        if ctx.parked is not None:
+            saved = ctx.memory.fetch(ctx.parked)
+        else:
+            saved = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+        with torch.autocast(grad.device.type, enabled=False):
+            dh, gradients = block.backward(
+                saved.pop("h"), grad.flatten(0, 1).contiguous(), saved, input_grad=ctx.needs_input_grad[0]
+            )
+        given = [
+            g.to(p.dtype) if needed else None
+            for g, p, needed in zip(gradients, block.parameters, ctx.needs_input_grad[4:], strict=True)
+        ]
+        return (dh.view_as(grad) if dh is not None else None, None, None, None, *given)
+
+
+class FusedNorm:
+    """Goes before a transformers RMSNorm's class in the class of a fused norm: one pass each way, nothing in fp32."""
+
+    _whet_norm: Norm
+    _whet_offset: float
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        norm = self._whet_norm
+        if norm.weight.requires_grad or norm.weight is not self.weight:
+            return super().forward(hidden_states)
+        return _Norm.apply(hidden_states, norm, self._whet_offset)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: Norm, offset: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.norm, ctx.offset = norm, offset
+        return rms_norm(x.flatten(0, -2), norm.weight, norm.eps, offset).view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        norm = ctx.norm
+        dx = rms_norm_backward(grad.flatten(0, -2), x.flatten(0, -2), norm.weight, norm.eps, ctx.offset)
+        return dx.view_as(x), None, None
+
+
+@cache
+def _fused_class(mixin: type, kind: type) -> type:
+    return type(f"Fused{kind.__name__}", (mixin, kind), {"__module__": kind.__module__})
+
+
+def fuse(model: nn.Module) -> Shared | None:
+    """Put the block in the place of every decoder layer of `model` that a family describes; None if there is none.
+
+    Says which layers stay as they are, and why. The model is changed in place; call it before adapters are added.
+    """
+    decoder = getattr(model, "base_model", model)
+    layers, rotary = getattr(decoder, "layers", None), getattr(decoder, "rotary_emb", None)
+    if layers is None or rotary is None:
+        log.warning("generic path, not the fused block: %s is not a decoder whet knows", type(model).__name__)
+        return None
+    shared = Shared(model.config.get_text_config(), rotary)
+    left: Counter[str] = Counter()
+    for index, layer in enumerate(layers):
+        spec = family(layer)
+        shape = f"layers of class {type(layer).__name__}" if spec is None else read_shape(layer, spec, shared.config)
+        if spec is None or isinstance(shape, str):
+            left[str(shape)] += 1
+            continue
+        _fuse_layer(layer, index, spec, shape, shared)
+        last = layer
+    if sum(left.values()) < len(layers):
+        decoder.norm._whet_norm, decoder.norm._whet_offset = read_norm(decoder.norm), last._whet_shape.spec.norm_offset
+        decoder.norm.__class__ = _fused_class(FusedNorm, type(decoder.norm))
+    for reason, count in left.items():
+        log.warning("generic path, not the fused block, in %d of %d layers: %s", count, len(layers), reason)
+    return shared if sum(left.values()) < len(layers) else None
+
+
+def _fuse_layer(layer: nn.Module, index: int, spec: FamilySpec, shape: LayerShape, shared: Shared) -> None:
+    recompute = layer.gradient_checkpointing
+    layer.__class__ = _fused_class(FusedLayer, type(layer))
+    layer._whet, layer._whet_index, layer._whet_shape = shared, index, shape
+    places = [
+        (parent, name) for parent in (layer, layer.self_attn) for name in parent._modules if name.endswith("norm")
+    ]
+    layer._whet_norms = tuple((parent, name, parent._modules[name]) for parent, name in places)
+    layer._whet_readers = {name: Reader(modules) for name, modules in projections(layer, spec).items()}
+    for reader in layer._whet_readers.values():
+        lay_together([parent._modules[name] for parent, name in reader.places])
+    layer.__dict__.pop("gradient_checkpointing", None)
+    layer.gradient_checkpointing = recompute
+
+
+def shared_of(model: nn.Module) -> Shared | None:
+    """What the fused layers of a model share, or None where it has none."""
+    return next((m._whet for m in model.modules() if isinstance(m, FusedLayer)), None)
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module._parameters.values() if p is not None)

@@ -1,0 +1,120 @@
+"""The plan for a model in memory, and its application: what each layer keeps, and how many tokens a pass has."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from whet.errors import WhetError
+from whet.models import activations
+from whet.models.activations import Policy
+from whet.models.fused import FusedLayer, Shared, shared_of
+from whet.plan import memory
+from whet.plan.memory import GIB, Device, Plan, Sizes
+
+log = logging.getLogger("whet")
+
+EIGHT_BIT = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "lion_8bit")
+
+
+def parse_memory(text: str | float | int) -> float:
+    """Bytes of "24GiB", "24GB", or of a number of GiB. Raises WhetError for what is neither."""
+    if isinstance(text, int | float) and not isinstance(text, bool) and text > 0:
+        return float(text) * GIB
+    units = {"gib": GIB, "gb": 10**9, "mib": 2**20, "mb": 10**6}
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(gib|gb|mib|mb)\s*", str(text), re.IGNORECASE)
+    if not found or float(found[1]) == 0:
+        raise WhetError(f"{text!r} is not an amount of memory", where="gpu_memory", fix='write "24GiB", or 24')
+    return float(found[1]) * units[found[2].lower()]
+
+
+def sizes_of(model: nn.Module) -> Sizes | None:
+    """What the plan depends on, read from a fused model; None where its layers are not fused, or not all."""
+    shared = shared_of(model)
+    layers = [m for m in model.modules() if isinstance(m, FusedLayer)]
+    if shared is None or len(layers) != shared.config.num_hidden_layers:
+        return None
+    stacks = [reader.read() for reader in layers[0]._whet_readers.values()]
+    if any(isinstance(stack, str) for stack in stacks):
+        return None
+    weights = [part.weight for stack in stacks for part in stack.parts]  # type: ignore[union-attr]
+    bits = 16 if all(isinstance(w, torch.Tensor) for w in weights) else 4
+    element = layers[0]._whet_shape.input_norm.weight.element_size()
+    rank = max(part.down.shape[0] if part.down is not None else 0 for s in stacks for part in s.parts)  # type: ignore[union-attr]
+    return Sizes(layers[0]._whet_shape, len(layers), shared.config.vocab_size, rank, bits, element)
+
+
+def device_rates(device: torch.device) -> Device:
+    return memory.HOPPER if torch.cuda.get_device_capability(device)[0] >= 9 else memory.AMPERE
+
+
+def static_bytes(model: nn.Module, optimizer: str) -> float:
+    """What lies on the device all the time: what does now, and gradients and optimizer states to come."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    states = 2.1 if optimizer in EIGHT_BIT else 8
+    coming = sum(p.numel() * (states + (p.element_size() if p.grad is None else 0)) for p in trained)
+    return torch.cuda.memory_allocated() + coming
+
+
+def plan(model: nn.Module, passes: list[int], length: int, *, optimizer: str, budget: float | None) -> Plan | None:
+    """The fastest plan for passes of one of `passes` tokens in rows of `length`; None where the layers are not fused.
+
+    budget: bytes that training may take on the device; None for all that is free. Raises WhetError where no plan fits.
+    """
+    sizes = sizes_of(model)
+    if sizes is None:
+        return None
+    static = static_bytes(model, optimizer)
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    within = min(budget, free) if budget is not None else free
+    host = 0.6 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    device = device_rates(torch.device("cuda"))
+    chosen = memory.choose(sizes, device, within, static, sorted(set(passes)), length, host)
+    if chosen is None:
+        lean = memory.leanest(sizes, static, min(passes))
+        raise WhetError(
+            f"training needs {lean.peak / GIB:.2f} GiB on the GPU, {within / GIB:.2f} are to be had",
+            where="gpu_memory",
+            fix="in this order: a smaller max_seq_length, fewer rows at a time (per_device_train_batch_size=1), "
+            "or a larger gpu_memory",
+        )
+    return chosen
+
+
+def apply(chosen: Plan, shared: Shared) -> None:
+    """Have the model's layers keep what the plan says."""
+    shared.layers, shared.tile = chosen.policies, chosen.tile
+
+
+def fit_to_memory(model: nn.Module, config: Any, budget: float | None) -> Plan | None:
+    """Plan for a trainer's config, merge its micro-batches to the plan's passes, and apply it. The rows a step stay."""
+    shared = shared_of(model)
+    rows, steps = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    length = config.max_length or model.max_seq_length
+    if shared is None or not torch.cuda.is_available():
+        return None
+    merges = {rows * n * length: n for n in range(1, steps + 1) if steps % n == 0}
+    chosen = plan(
+        model, list(merges), length, optimizer=str(getattr(config.optim, "value", config.optim)), budget=budget
+    )
+    if chosen is None:
+        return None
+    merge = merges[chosen.tokens]
+    config.per_device_train_batch_size, config.gradient_accumulation_steps = rows * merge, steps // merge
+    apply(chosen, shared)
+    log.info("%d rows at a time, %d times a step; %s", rows * merge, steps // merge, describe(chosen))
+    return chosen
+
+
+def describe(chosen: Plan) -> str:
+    """The plan in words: peak, and how many layers keep what, where."""
+    names = {frozenset(p.keep): name for name, p in vars(activations).items() if isinstance(p, Policy)}
+    counts = Counter(f"{names[p.keep].lower()}{' on the host' if p.offload else ''}" for p in chosen.policies)
+    kinds = ", ".join(f"{count} {name}" for name, count in counts.items())
+    return f"peak {chosen.peak / GIB:.2f} GiB; layers keep: {kinds}; tiles of {chosen.tile} tokens"

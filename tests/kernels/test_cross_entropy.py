@@ -1,0 +1,226 @@
+"""Fused linear cross-entropy: its reference against autograd in fp64, its kernel against the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from whet.kernels import cross_entropy
+from whet.kernels._triton import HAVE_TRITON
+from whet.kernels.cross_entropy import LogProbs, chunk_rows, linear_log_probs, log_probs_of_logits_reference
+
+needs_interpreter = pytest.mark.skipif(
+    not HAVE_TRITON or torch.cuda.is_available(), reason="runs the kernel on a CPU, in Triton's interpreter"
+)
+LOGITS = [{}, {"softcap": 3.0}, {"scale": 0.3}, {"softcap": 5.0, "scale": -2.0}]
+
+
+def inputs(N: int, V: int, D: int, dtype: torch.dtype, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Logits of a spread of about 3."""
+    generator = torch.Generator().manual_seed(seed)
+    h = torch.randn(N, D, generator=generator, dtype=torch.float64)
+    weight = torch.randn(V, D, generator=generator, dtype=torch.float64) * 3 / D**0.5
+    bias = torch.randn(V, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, V, (N,), generator=generator)
+    return {"h": h.to(dtype), "weight": weight.to(dtype), "bias": bias.to(dtype), "labels": labels}
+
+
+def plain(
+    h: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, bias: Any, softcap: Any = None, scale: float = 1.0
+) -> LogProbs:
+    """The formula with whole logits, differentiated by autograd, in fp64."""
+    h = h.double().detach().requires_grad_()
+    z = h @ weight.double().T * scale if bias is None else (h @ weight.double().T + bias.double()) * scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    log_p = torch.log_softmax(z, -1)
+    log_probs = log_p.gather(-1, labels[:, None])[:, 0]
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    (dh,) = torch.autograd.grad(log_probs.sum(), h)
+    return LogProbs(log_probs.detach(), entropy.detach(), z.argmax(-1) == labels, dh)
+
+
+def assert_near(found: LogProbs, expected: LogProbs, tolerance: float) -> None:
+    for name in ("log_probs_N", "entropy_N", "dh_ND"):
+        value = getattr(expected, name)
+        error = (getattr(found, name).double() - value).abs().max() if value.numel() else torch.zeros(())
+        assert error <= tolerance * (1 + value.abs().max() if value.numel() else 1), name
+    assert torch.equal(found.is_top1_N, expected.is_top1_N)
+
+
+# ---------------------------------------------------------------- reference and chunks
+
+
+@pytest.mark.parametrize("logits", LOGITS)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_formula_and_its_gradient(logits: dict[str, float], with_bias: bool) -> None:
+    """Catches a factor of scale or of the cap's slope that the gradient lacks, and a wrong sign of the entropy."""
+    x = inputs(23, 77, 16, torch.float64)
+    bias = x["bias"] if with_bias else None
+    z = x["h"] @ x["weight"].T + (x["bias"] if with_bias else 0)
+    x["labels"][::3] = (z * logits.get("scale", 1.0)).argmax(-1)[::3]
+    found = linear_log_probs(x["h"], x["weight"], x["labels"], bias=bias, **logits)
+    expected = plain(x["h"], x["weight"], x["labels"], bias, **logits)
+    assert_near(found, expected, 1e-13)
+    assert 8 <= expected.is_top1_N.sum() < 23
+
+
+def test_chunks_make_no_difference() -> None:
+    """Catches rows lost, doubled or written to another chunk's place; the last chunk is shorter than the others."""
+    x = inputs(700, 33, 8, torch.float64)
+    assert chunk_rows(700, 1, 1) == 256
+    found = linear_log_probs(x["h"], x["weight"], x["labels"], chunk_bytes=1)
+    assert_near(found, plain(x["h"], x["weight"], x["labels"], None), 1e-13)
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocabulary", "expected"),
+    [(4096, 128256, 512), (4096, 262144, 256), (513, 128256, 384), (100, 128256, 128), (0, 128256, 128)],
+)
+def test_a_chunk_fits_its_bytes_and_is_not_left_nearly_empty(rows: int, vocabulary: int, expected: int) -> None:
+    """Catches a second chunk of one row, which reads the whole weight for it. bf16, 128 MiB."""
+    assert chunk_rows(rows, vocabulary * 2, cross_entropy.CHUNK_BYTES) == expected
+
+
+def test_no_rows() -> None:
+    x = inputs(0, 33, 8, torch.float32)
+    found = linear_log_probs(x["h"], x["weight"], x["labels"])
+    assert found.log_probs_N.shape == found.entropy_N.shape == found.is_top1_N.shape == (0,)
+    assert found.dh_ND is not None
+    assert found.dh_ND.shape == (0, 8)
+
+
+def test_statistics_alone_are_the_same() -> None:
+    x = inputs(9, 33, 8, torch.float32)
+    both = linear_log_probs(x["h"], x["weight"], x["labels"])
+    alone = linear_log_probs(x["h"], x["weight"], x["labels"], need_grad=False)
+    assert alone.dh_ND is None
+    for a, b in zip(alone[:3], both[:3], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_gradient_may_take_the_place_of_its_input() -> None:
+    """Catches a chunk whose gradient overwrites rows that a later chunk still reads."""
+    x = inputs(600, 33, 8, torch.float32)
+    apart = linear_log_probs(x["h"], x["weight"], x["labels"], chunk_bytes=1)
+    wide = torch.full((600, 11), torch.nan)
+    wide[:, :8] = x["h"]
+    place = wide[:, :8]
+    inside = linear_log_probs(place, x["weight"], x["labels"], chunk_bytes=1, out=place)
+    assert inside.dh_ND is place
+    torch.testing.assert_close(place, apart.dh_ND)
+    assert wide[:, 8:].isnan().all()
+
+
+def test_bf16_is_no_further_off_than_plain_torch() -> None:
+    """Catches statistics taken in bf16."""
+    x = inputs(64, 501, 32, torch.bfloat16)
+    exact = plain(x["h"], x["weight"], x["labels"], None)
+    found = linear_log_probs(x["h"], x["weight"], x["labels"])
+    h = x["h"].clone().requires_grad_()
+    log_p = torch.log_softmax((h @ x["weight"].T).float(), -1)
+    log_probs = log_p.gather(-1, x["labels"][:, None])[:, 0]
+    (dh,) = torch.autograd.grad(log_probs.sum(), h)
+    assert found.log_probs_N.dtype == found.entropy_N.dtype == torch.float32
+    assert found.dh_ND is not None
+    assert found.dh_ND.dtype == torch.bfloat16
+    for ours, plains, truth in (
+        (found.log_probs_N, log_probs.detach(), exact.log_probs_N),
+        (found.dh_ND, dh, exact.dh_ND),
+    ):
+        assert (ours - truth).norm() <= 1.05 * (plains - truth).norm()
+
+
+def test_the_first_of_equal_logits_counts() -> None:
+    """Catches ties that count for each of the equal tokens: accuracy would then exceed that of argmax."""
+    logits = torch.tensor([[1.0, 5.0, 5.0, 0.0]]).repeat(4, 1)
+    assert statistics(log_probs_of_logits_reference, logits, torch.arange(4)).is_top1_N.tolist() == [
+        False,
+        True,
+        False,
+        False,
+    ]
+
+
+# ---------------------------------------------------------------- the kernel
+
+
+def statistics(fold: Any, logits: torch.Tensor, labels: torch.Tensor, **options: Any) -> LogProbs:
+    """`fold` on logits that it may overwrite, into poisoned outputs; dh_ND is the overwritten logits."""
+    N = len(labels)
+    out = LogProbs(torch.full((N,), torch.nan), torch.full((N,), torch.nan), torch.ones(N, dtype=torch.bool), None)
+    fold(logits, labels, out, **options)
+    return out._replace(dh_ND=logits)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("V", [1, 7, 128, 129, 1000, 8191, 8193, 20001])
+@pytest.mark.parametrize("logits", LOGITS)
+def test_the_kernel_is_its_reference(V: int, logits: dict[str, float]) -> None:
+    """Catches wrong masks at the end of a row and of its buffer, and sums that a new maximum does not rescale.
+
+    The row's stride is wider than V, and the columns between hold NaN. Logits grow along the row, so that the maximum
+    changes with each block.
+    """
+    generator = torch.Generator().manual_seed(V)
+    stride = -(-V // 64) * 64
+    buffer = torch.full((5, stride), torch.nan)
+    buffer[:, :V] = torch.randn(5, V, generator=generator) * 3 + torch.linspace(-4, 4, V)
+    labels = torch.randint(0, V, (5,), generator=generator)
+    labels[0] = (buffer[0, :V] * logits.get("scale", 1.0)).argmax()
+    expected = statistics(log_probs_of_logits_reference, buffer[:, :V].double().clone(), labels, **logits)
+    found = statistics(cross_entropy.log_probs_of_logits_triton, buffer[:, :V], labels, **logits)
+    assert_near(found, expected, 2e-6)
+    assert found.is_top1_N[0]
+
+
+@needs_interpreter
+def test_the_kernel_leaves_logits_alone_without_a_gradient() -> None:
+    logits = torch.randn(3, 100)
+    before = logits.clone()
+    found = statistics(cross_entropy.log_probs_of_logits_triton, logits, torch.arange(3), need_grad=False)
+    expected = statistics(log_probs_of_logits_reference, before.clone(), torch.arange(3), need_grad=False)
+    assert torch.equal(logits, before)
+    assert_near(found, expected._replace(dh_ND=before.double()), 1e-6)
+
+
+@needs_interpreter
+def test_the_kernel_counts_the_first_of_equal_logits() -> None:
+    logits = torch.tensor([[1.0, 5.0, 5.0, 0.0]]).repeat(4, 1)
+    found = statistics(cross_entropy.log_probs_of_logits_triton, logits, torch.arange(4))
+    assert found.is_top1_N.tolist() == [False, True, False, False]
+
+
+@needs_interpreter
+@pytest.mark.parametrize("size", [1e-3, 1e4])
+def test_the_kernel_at_extreme_logits(size: float) -> None:
+    """Catches exp without the maximum taken off, and an entropy that cancels when one token has all the weight."""
+    logits = torch.randn(4, 300, generator=torch.Generator().manual_seed(1)) * size
+    labels = torch.tensor([0, 1, 299, int(logits[3].argmax())])
+    expected = statistics(log_probs_of_logits_reference, logits.double().clone(), labels)
+    found = statistics(cross_entropy.log_probs_of_logits_triton, logits, labels)
+    assert_near(found, expected, 1e-6)
+    assert found.entropy_N.min() >= -1e-6
+
+
+@needs_interpreter
+@pytest.mark.parametrize("label", [-100, 50, 1 << 40])
+def test_a_label_outside_the_vocabulary_is_nan(label: int) -> None:
+    """Catches reading past the row, and a log-probability made up for a label that does not exist."""
+    found = statistics(cross_entropy.log_probs_of_logits_triton, torch.randn(1, 50), torch.tensor([label]))
+    assert found.log_probs_N.isnan().all()
+    assert not found.is_top1_N.any()
+
+
+@needs_interpreter
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, about the buffer's unset columns past V
+def test_the_kernel_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches statistics written at the wrong offset when the outputs are slices."""
+    monkeypatch.setattr(
+        cross_entropy, "log_probs_of_logits_reference", cross_entropy.log_probs_of_logits_triton
+    )  # as a GPU would
+    x = inputs(300, 33, 8, torch.float32)
+    found = linear_log_probs(x["h"], x["weight"], x["labels"], chunk_bytes=1)
+    assert_near(found, plain(x["h"], x["weight"], x["labels"], None), 1e-6)
