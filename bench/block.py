@@ -71,11 +71,11 @@ def step(model: Any, batches: torch.Tensor, optimizer: Any, params: list[torch.T
 
 
 def measure(model: Any, setting: str, steps: int, warm: int, profile: Path | None) -> dict[str, Any]:
-    import bitsandbytes as bnb
+    from whet.train.optimizer import AdamW8bit
 
     rows, length, passes = configure(model, setting)
     params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = bnb.optim.AdamW8bit(params, lr=1e-5)
+    optimizer = AdamW8bit(params, lr=1e-5)
     draw = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 8000, (steps, passes, rows, length), generator=draw).cuda()
     torch.cuda.empty_cache()

@@ -4,10 +4,10 @@
 
 That time, the bound, is the larger of two: the bytes that must move (each input once, each output once) at the rate of
 a large copy, and the matrix products' FLOP at the rate of a large bf16 GEMM; both rates are measured first. A ratio is
-the measured time over the bound. Kernels under 250 us are replayed in a CUDA graph over sets of tensors that together
-exceed the L2 cache, so that neither launches nor cached inputs count; longer ones are timed one by one, each after a
-pass over a buffer larger than L2. Medians. One JSON line a kernel; one that fails has its error there, and the script
-then exits 1.
+the measured time over the bound; that of `scaled_mm`, in FP8, may be below 1. Kernels under 250 us are replayed in a
+CUDA graph over sets of tensors that together exceed the L2 cache, so that neither launches nor cached inputs count;
+longer ones are timed one by one, each after a pass over a buffer larger than L2. Medians. One JSON line a kernel; one
+that fails has its error there, and the script then exits 1.
 
 Shapes: T tokens, D model width, F width of the MLP, H query heads and G key heads of size d, W = (H + 2 G) d, V
 vocabulary, r LoRA's rank, R columns for adapters beside a weight.
@@ -233,16 +233,34 @@ def flash_backward(s: Sizes, on: Device, lengths: list[int]) -> Work:
 # ------------------------------------------------------------------ weights
 
 
-def dequantize_nf4(s: Sizes, on: Device, N: int, K: int) -> Work:
-    from whet.kernels.nf4 import NF4Weight, dequantize_nf4
+def nf4_weight(on: Device, N: int, K: int) -> tuple[Any, list[Tensor]]:
+    """A double-quantized weight and its tensors."""
+    from whet.kernels.nf4 import NF4Weight
 
     blocks, single = -(-N * K // 64), torch.float32
     packed, absmax = on.random_bytes(-(-N * K // 2)), on.random_bytes(blocks)
     code, code2 = (on.normal(n, dtype=single).sort().values for n in (16, 256))
     absmax2, offset = on.normal(-(-blocks // 256), dtype=single), on.normal(dtype=single)
     weight = NF4Weight(packed, absmax, code, N, K, on.dtype, code2, absmax2, offset)
+    return weight, [packed, absmax, code, code2, absmax2, offset]
+
+
+def dequantize_nf4(s: Sizes, on: Device, N: int, K: int) -> Work:
+    from whet.kernels.nf4 import dequantize_nf4
+
+    weight, reads = nf4_weight(on, N, K)
     out = on.empty(N + s.R, K + s.R)[:N, :K]
-    return Work(lambda: dequantize_nf4(weight, out), [packed, absmax, code, code2, absmax2, offset], [out])
+    return Work(lambda: dequantize_nf4(weight, out), reads, [out])
+
+
+def dequantize_nf4_fp8(s: Sizes, on: Device, N: int, K: int, transposed: bool) -> Work:
+    from whet.kernels.fp8 import E4M3, dequantize_nf4_fp8, weight_scales
+
+    weight, reads = nf4_weight(on, N, K)
+    scales = weight_scales(weight)
+    out = on.empty(*((K, N) if transposed else (N, K)), dtype=E4M3)
+    run = partial(dequantize_nf4_fp8, weight, *scales, transposed=transposed, out=out)
+    return Work(run, [*reads, scales[transposed]], [out])
 
 
 def extend(s: Sizes, on: Device, parts: Sequence[int], K: int) -> Work:
@@ -254,6 +272,40 @@ def extend(s: Sizes, on: Device, parts: Sequence[int], K: int) -> Work:
     downs = [on.normal(s.r, K, dtype=single) for _ in parts]
     ups, scales = [on.normal(n, s.r, dtype=single) for n in parts], [2.0] * len(parts)
     return Work(lambda: extend(e, downs, ups, scales, N, K), [*downs, *ups], [e[:N, K:], e[N:, :K]])
+
+
+def layer_weights(s: Sizes, on: Device, projections: Sequence[tuple[Sequence[int], int]]) -> Work:
+    """All of a layer's projections at once: the outputs of each one's stacked layers, and its inputs."""
+    from whet.kernels.layer_weights import LayerWeights, ProjectionWeight, layer_weights
+
+    found, reads, single = [], [], torch.float32
+    for parts, K in projections:
+        weight, read = nf4_weight(on, sum(parts), K)
+        downs = [on.normal(s.r, K, dtype=single) for _ in parts]
+        ups = [on.normal(n, s.r, dtype=single) for n in parts]
+        found.append(ProjectionWeight(weight, downs, ups, [2.0] * len(parts), s.R))
+        reads += [*read, *downs, *ups]
+    layer = LayerWeights(found)
+    written = unallocated(on.empty(layer.places[-1]))
+    return Work(lambda: layer_weights(layer, on.dtype), reads, [written])
+
+
+# ------------------------------------------------------------------ products in FP8
+
+
+def quantize_rows(s: Sizes, on: Device, T: int, K: int) -> Work:
+    from whet.kernels.fp8 import E4M3, quantize_rows
+
+    x, out = on.normal(T, K + s.R)[:, :K], on.empty(T, K, dtype=E4M3)
+    return Work(lambda: quantize_rows(x, out), [x], [out, unallocated(on.empty(T, 1, dtype=torch.float32))])
+
+
+def scaled_mm(s: Sizes, on: Device, T: int, N: int, K: int) -> Work:
+    from whet.kernels.fp8 import quantize_rows, scaled_mm
+
+    x, w = (quantize_rows(on.normal(rows, K)) for rows in (T, N))
+    out = on.empty(T, N)
+    return Work(lambda: scaled_mm(*x, *w, on.dtype, out), [*x, *w], [out], 2 * T * N * K)
 
 
 # ------------------------------------------------------------------ the loss
@@ -337,13 +389,17 @@ def cases(s: Sizes, tokens: Sequence[int], on: Device) -> list[Case]:
     q, kv = s.H * s.d, s.G * s.d
     for N, K in ((s.F, s.D), (s.D, q), (s.W, s.D), (s.D, s.F)):
         add(dequantize_nf4, f"{N}x{K}", None, N, K)
-    for name, parts, K in (
-        ("qkv", (q, kv, kv), s.D),
-        ("o", (s.D,), q),
-        ("gate, up", (s.F,) * 2, s.D),
-        ("down", (s.D,), s.F),
-    ):
+        for transposed in (False, True):
+            add(dequantize_nf4_fp8, f"{N}x{K}" + ", transposed" * transposed, None, N, K, transposed)
+    projections = {
+        "qkv": ((q, kv, kv), s.D),
+        "o": ((s.D,), q),
+        "gate, up": ((s.F,) * 2, s.D),
+        "down": ((s.D,), s.F),
+    }
+    for name, (parts, K) in projections.items():
         add(extend, f"{name}: {sum(parts)}x{K}", None, parts, K)
+    add(layer_weights, "qkv, o, gate and up, down", None, list(projections.values()))
     for T in tokens:
         for norm in (rms_norm, rms_norm_backward):
             add(norm, f"D={s.D}", T, T)
@@ -358,6 +414,10 @@ def cases(s: Sizes, tokens: Sequence[int], on: Device) -> list[Case]:
         ):
             for kernel in (attention, attention_backward, flash, flash_backward):
                 add(kernel, name + (", soft cap" if kernel in (flash, flash_backward) else ""), T, lengths)
+        for K in (s.D, s.W, s.F, 2 * s.F):
+            add(quantize_rows, f"K={K}", T, T, K)
+        for N, K in ((2 * s.F, s.D), (s.D, 2 * s.F), (s.D, s.F)):
+            add(scaled_mm, f"N={N}, K={K}", T, T, N, K)
         for K in (s.D, s.F):
             add(lora_xa, f"K={K}, R={s.R}", T, T, K)
         for N in (s.D, s.W, 2 * s.F):

@@ -10,6 +10,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -105,6 +106,19 @@ class Train(Part):
     checkpoint_every: int = Field(50, ge=1, description="Optimizer steps between checkpoints; the last two are kept.")
 
 
+class Budget(Part):
+    gpu_memory: str | None = Field(
+        None, description='What training may take on the GPU, e.g. "24GiB". Default: all that is free.'
+    )
+
+    @field_validator("gpu_memory", mode="after")
+    @classmethod
+    def _an_amount(cls, amount: str | None) -> str | None:
+        if amount is not None and not re.fullmatch(r"\s*\d*\.?\d+\s*[GM]i?B\s*", amount, re.IGNORECASE):
+            raise ValueError(f'{amount!r} is not an amount of memory; write "24GiB"')
+        return amount
+
+
 class Eval(Part):
     exact_match: bool = Field(
         True, description="Generate an answer for each held-out row and compare it with the reference."
@@ -134,6 +148,7 @@ class Recipe(Part):
     adapter: Adapter | None = Field(default_factory=Adapter, description="LoRA adapter; null trains every weight.")
     data: Data = Field(description="What to learn from.")
     train: Train = Field(default_factory=Train, description="How to learn.")
+    budget: Budget = Field(default_factory=Budget, description="What training may take.")
     eval: Eval | None = Field(default_factory=Eval, description="Base against tuned on held-out rows; null for none.")
     export: Export = Field(default_factory=Export, description="What to write besides the adapter.")
 

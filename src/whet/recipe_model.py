@@ -23,7 +23,9 @@ def tokenizer_of(model: Model) -> PreTrainedTokenizerBase:
     return _with_template(load_tokenizer(model.base), model)
 
 
-def load_base(model: Model, name: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_base(
+    model: Model, name: str | None = None, gpu_memory: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base, or the folder `name` in its place, held and computing as the recipe says."""
     loaded, tokenizer = FastLanguageModel.from_pretrained(
         name or model.base,
@@ -31,13 +33,14 @@ def load_base(model: Model, name: str | None = None) -> tuple[PreTrainedModel, P
         dtype="float32" if model.load == "32bit" else model.dtype,
         load_in_4bit=model.load == "nf4",
         load_in_8bit=model.load == "int8",
+        gpu_memory=gpu_memory,
     )
     return loaded, _with_template(tokenizer, model)
 
 
 def load_for_training(recipe: Recipe) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """The base with a fresh adapter, or with every weight to be trained where the recipe has no adapter."""
-    model, tokenizer = load_base(recipe.model)
+    model, tokenizer = load_base(recipe.model, gpu_memory=recipe.budget.gpu_memory)
     if adapter := recipe.adapter:
         model = FastLanguageModel.get_peft_model(
             model,

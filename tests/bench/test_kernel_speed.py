@@ -28,7 +28,8 @@ from whet.kernels._triton import HAVE_TRITON
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "bench" / "kernel_speed.py"
-HELPERS = {"chunk_rows", "kernel_takes", "stack"}  # of the kernels' files: they launch nothing
+# of the kernels' files: they launch nothing, or once for a model
+HELPERS = {"chunk_rows", "kernel_takes", "stack", "supported", "takes", "weight_scales"}
 
 
 def load(name: str) -> ModuleType:
@@ -96,7 +97,7 @@ def test_every_case_runs(case: Any) -> None:
     assert work.bytes > 0
     for x in work.writes:
         if not x.is_meta and x.is_floating_point():
-            assert x.isfinite().all()
+            assert x.float().isfinite().all()
 
 
 @pytest.mark.parametrize("kernel", ["attention", "attention_backward", "flash", "flash_backward"])
@@ -126,6 +127,9 @@ LORA = (T, 64, 16)
         ("glu", "", 3 * T * 128, 0, 0),
         ("glu_backward", "", 6 * T * 128, 0, 0),
         ("dequantize_nf4", "64x128", 64 * 128, 64 * 64 + 128 + 16 * 4 + 256 * 4 + 4 + 4, 0),
+        ("dequantize_nf4_fp8", "64x128", 0, 64 * 64 + 128 + 16 * 4 + 256 * 4 + 4 + 4 + 64 * 4 + 64 * 128, 0),
+        ("quantize_rows", "K=256", T * 256, T * 256 + T * 4, 0),
+        ("scaled_mm", "N=64, K=128", T * 64, (T + 64) * (128 + 4), 2 * T * 64 * 128),
         ("extend", "qkv", W * 16 + 16 * 64, (3 * 2 * 64 + W * 2) * 4, 0),
         ("attention", "", T * W + T * 64, LSE, 2 * 2 * 16 * 4 * 2 * (32 * 33 // 2)),
         ("attention_backward", "", 2 * T * W + 2 * T * 64, LSE, 5 * 2 * 16 * 4 * 2 * (32 * 33 // 2)),

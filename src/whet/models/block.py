@@ -26,7 +26,7 @@ from whet.kernels.glu import glu, glu_backward
 from whet.kernels.rms_norm import rms_norm, rms_norm_backward
 from whet.kernels.rope import rope, rope_backward
 from whet.models.families import LayerShape, Norm
-from whet.models.projection import Projection, Weights
+from whet.models.projection import LayerWeights, Projection, Projections, Weights
 
 Saved = dict[str, Tensor]
 # What the backward reads beside the layer's input, from the dearest to the cheapest to compute again.
@@ -42,10 +42,7 @@ class Block:
     """
 
     shape: LayerShape
-    qkv: Projection
-    o: Projection
-    gate_up: Projection
-    down: Projection
+    p: Projections
     cos: Tensor
     sin: Tensor
     layout: Rows | Documents
@@ -54,25 +51,25 @@ class Block:
     @property
     def parameters(self) -> tuple[torch.nn.Parameter, ...]:
         """The adapters' weights, in the order of the gradients that `backward` returns."""
-        return (*self.qkv.parameters, *self.o.parameters, *self.gate_up.parameters, *self.down.parameters)
+        return self.p.parameters
 
     # ------------------------------------------------------------ forward
 
     def forward(self, h: Tensor, keep: frozenset[str]) -> tuple[Tensor, Saved]:
         """The layer's output [T, D], and those intermediate values that `keep` names."""
-        qkv = self.project_qkv(h)
+        w = self.p.weights(h.dtype, h.device)
+        qkv = self.project_qkv(h, w.qkv)
         o, lse = self.attend(qkv)
-        m, post, o_tail = self.project_o(h, o)
+        m, post, o_tail = self.project_o(h, o, w.o)
         saved: Saved = {"o_tail": o_tail, "o": o, "m": m, "qkv": qkv} | post | _numbered("lse", lse)
-        out, mlp = self.mlp(m, keep_gate_up="gate_up" in keep)
+        out, mlp = self.mlp(m, w, keep_gate_up="gate_up" in keep)
         return out, {name: x for name, x in (saved | mlp).items() if _kind(name) in keep}
 
-    def project_qkv(self, h: Tensor) -> Tensor:
+    def project_qkv(self, h: Tensor, e: Weights) -> Tensor:
         """q, k, v of all tokens; rotated, unless their heads are normed, when the backward needs them as they are."""
-        e = self.qkv.weights(h.dtype, h.device)
-        qkv = h.new_empty(h.shape[0], self.qkv.rows)
+        qkv = h.new_empty(h.shape[0], self.p.qkv.rows)
         for s in self.tiles(h):
-            torch.mm(self.normed(h[s], self.shape.input_norm, self.qkv, e), e.forward, out=qkv[s])
+            torch.mm(self.normed(h[s], self.shape.input_norm, self.p.qkv, e), e.forward, out=qkv[s])
         return qkv if self.shape.spec.qk_norm else self.rotated(qkv, out=qkv)
 
     def rotated(self, qkv: Tensor, out: Tensor | None = None) -> Tensor:
@@ -85,27 +82,25 @@ class Block:
         o, saved = attention(*self.heads(qkv), self.layout, **self.attention_options())
         return o.reshape(o.shape[0], -1), saved
 
-    def project_o(self, h: Tensor, o: Tensor) -> tuple[Tensor, Saved, Tensor]:
+    def project_o(self, h: Tensor, o: Tensor, e: Weights) -> tuple[Tensor, Saved, Tensor]:
         """h plus attention's share; what Gemma's backward needs of it; o A^T."""
-        e = self.o.weights(h.dtype, h.device)
-        m, tail = torch.empty_like(h), h.new_empty(h.shape[0], self.o.rank)
+        m, tail = torch.empty_like(h), h.new_empty(h.shape[0], self.p.o.rank)
         post = {"attention_output": torch.empty_like(h)} if self.shape.attention_post_norm else {}
         for s in self.tiles(h):
-            oe = self.with_margin(o[s], self.o, e)
-            tail[s] = oe[:, self.o.columns :][:, : self.o.rank]
+            oe = self.with_margin(o[s], self.p.o, e)
+            tail[s] = oe[:, self.p.o.columns :][:, : self.p.o.rank]
             self.add(h[s], oe, e.forward, self.shape.attention_post_norm, m[s], *(x[s] for x in post.values()))
         return m, post, tail
 
-    def mlp(self, m: Tensor, *, keep_gate_up: bool) -> tuple[Tensor, Saved]:
-        ge, de = (p.weights(m.dtype, m.device) for p in (self.gate_up, self.down))
-        out, tail = torch.empty_like(m), m.new_empty(m.shape[0], self.down.rank)
+    def mlp(self, m: Tensor, w: LayerWeights, *, keep_gate_up: bool) -> tuple[Tensor, Saved]:
+        out, tail = torch.empty_like(m), m.new_empty(m.shape[0], self.p.down.rank)
         post = {"mlp_output": torch.empty_like(m)} if self.shape.mlp_post_norm else {}
         kept = {}
         for i, s in enumerate(self.tiles(m)):
-            gate_up = self.normed(m[s], self.shape.mlp_norm, self.gate_up, ge) @ ge.forward
-            ae = self.activated(gate_up, de)
-            tail[s] = ae[:, self.down.columns :][:, : self.down.rank]
-            self.add(m[s], ae, de.forward, self.shape.mlp_post_norm, out[s], *(x[s] for x in post.values()))
+            gate_up = self.normed(m[s], self.shape.mlp_norm, self.p.gate_up, w.gate_up) @ w.gate_up.forward
+            ae = self.activated(gate_up, w.down)
+            tail[s] = ae[:, self.p.down.columns :][:, : self.p.down.rank]
+            self.add(m[s], ae, w.down.forward, self.shape.mlp_post_norm, out[s], *(x[s] for x in post.values()))
             if keep_gate_up:
                 kept[f"gate_up.{i}"] = gate_up
         return out, {"down_tail": tail} | post | kept
@@ -113,13 +108,18 @@ class Block:
     # ------------------------------------------------------------ backward
 
     def backward(
-        self, h: Tensor, dout: Tensor, saved: Saved, *, input_grad: bool
+        self, h: Tensor, dout: Tensor, saved: Saved, *, input_grad: bool, dout_e: Tensor | None = None
     ) -> tuple[Tensor | None, list[Tensor]]:
-        """The gradient of the layer's input [T, D], None unless `input_grad`, and those of `parameters`."""
+        """The gradient of the layer's input, None unless `input_grad`, and those of `parameters`.
+
+        The first lies in the first D columns of a buffer with Wd's margin, for the layer below to fill: given that
+        buffer as `dout_e`, it need not copy.
+        """
         saved = dict(saved)  # what is computed again is put here
-        self.restore(h, saved)
-        dm, mlp_grads = self.mlp_backward(dout, saved)
-        do, o_grads = self.project_o_backward(dm, saved)
+        w = self.p.weights(h.dtype, h.device)
+        self.restore(h, saved, w)
+        dm, mlp_grads = self.mlp_backward(dout, dout_e, saved, w)
+        do, o_grads = self.project_o_backward(dm, saved, w.o)
         qkv = saved["qkv"] if not self.shape.spec.qk_norm else self.rotated(saved["qkv"])
         o = saved["o"].unflatten(1, (self.shape.q_heads, -1))
         dqkv = attention_backward(
@@ -131,36 +131,39 @@ class Block:
             **self.attention_options(),
         )
         del do, o, qkv
-        dh, qkv_grads = self.project_qkv_backward(h, dm, dqkv, saved, input_grad=input_grad)
+        dh, qkv_grads = self.project_qkv_backward(h, dm, dqkv, saved, w.qkv, input_grad=input_grad)
         return dh, [*qkv_grads, *o_grads, *mlp_grads]
 
-    def restore(self, h: Tensor, saved: Saved) -> None:
+    def restore(self, h: Tensor, saved: Saved, w: LayerWeights) -> None:
         """Compute again what of qkv, o, m and Gemma's outputs was not kept."""
         if "qkv" not in saved:
-            saved["qkv"] = self.project_qkv(h)
+            saved["qkv"] = self.project_qkv(h, w.qkv)
         if "o" not in saved:
             saved["o"], lse = self.attend(saved["qkv"])
             saved |= _numbered("lse", lse)
         if "m" not in saved:
-            saved["m"], post, _ = self.project_o(h, saved["o"])
+            saved["m"], post, _ = self.project_o(h, saved["o"], w.o)
             saved |= post
         if self.shape.mlp_post_norm and "mlp_output" not in saved:
-            _, mlp = self.mlp(saved["m"], keep_gate_up=False)
+            _, mlp = self.mlp(saved["m"], w, keep_gate_up=False)
             saved["mlp_output"] = mlp["mlp_output"]
 
-    def mlp_backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, list[Tensor]]:
+    def mlp_backward(
+        self, dout: Tensor, dout_e: Tensor | None, saved: Saved, w: LayerWeights
+    ) -> tuple[Tensor, list[Tensor]]:
         """The gradient of m, in the first D columns of a buffer with Wo's margin, and those of gate_up's and down's."""
-        m, gate_up_p, down = saved["m"], self.gate_up, self.down
-        ge, de = (p.weights(m.dtype, m.device) for p in (gate_up_p, down))
-        dm = m.new_empty(m.shape[0], self.o.rows + self.o.margin(m.device))
-        grads = _Sum()
+        m, gate_up_p, down, ge, de = saved["m"], self.p.gate_up, self.p.down, w.gate_up, w.down
+        dm, grads = m.new_empty(m.shape[0], len(w.o.back)), _Sum()
+        if self.shape.mlp_post_norm or (dout_e is not None and dout_e.shape[1] != len(de.back)):
+            dout_e = None
         for i, s in enumerate(self.tiles(m)):
             x = self.normed(m[s], self.shape.mlp_norm, gate_up_p, ge)
             gate_up = saved.get(f"gate_up.{i}")
             if gate_up is None:
                 gate_up = x @ ge.forward
-            dye = m.new_empty(x.shape[0], len(de.back))
-            self.norm_gradient(dout[s], saved.get("mlp_output"), s, self.shape.mlp_post_norm, dye[:, : down.rows])
+            dye = dout_e[s] if dout_e is not None else m.new_empty(x.shape[0], len(de.back))
+            if dout_e is None:
+                self.norm_gradient(dout[s], saved.get("mlp_output"), s, self.shape.mlp_post_norm, dye[:, : down.rows])
             self.fill_gradient_margin(dye, down, de)
             da = dye @ de.back
             act, dgue = x.new_empty(x.shape[0], down.columns), x.new_empty(x.shape[0], len(ge.back))
@@ -177,13 +180,12 @@ class Block:
                 x[:, gate_up_p.columns :],
             )
             grads.add([*up_grads, *down_grads])
-            self.norm_backward(dx, m[s], self.shape.mlp_norm, residual=dout[s], out=dm[s, : self.o.rows])
+            self.norm_backward(dx, m[s], self.shape.mlp_norm, residual=dout[s], out=dm[s, : self.p.o.rows])
         return dm, grads.total
 
-    def project_o_backward(self, dm: Tensor, saved: Saved) -> tuple[Tensor, list[Tensor]]:
+    def project_o_backward(self, dm: Tensor, saved: Saved, e: Weights) -> tuple[Tensor, list[Tensor]]:
         """The gradient of attention's output, and those of Wo's adapter. Fills the margin of dm."""
-        p, o = self.o, saved["o"]
-        e = p.weights(dm.dtype, dm.device)
+        p, o = self.p.o, saved["o"]
         do, grads = torch.empty_like(o), _Sum()
         for s in self.tiles(o):
             dye = dm[s]
@@ -197,22 +199,29 @@ class Block:
         return do, grads.total
 
     def project_qkv_backward(
-        self, h: Tensor, dm: Tensor, dqkv: tuple[Tensor, Tensor, Tensor], saved: Saved, *, input_grad: bool
+        self,
+        h: Tensor,
+        dm: Tensor,
+        dqkv: tuple[Tensor, Tensor, Tensor],
+        saved: Saved,
+        e: Weights,
+        *,
+        input_grad: bool,
     ) -> tuple[Tensor | None, list[Tensor]]:
-        p = self.qkv
-        e = p.weights(h.dtype, h.device)
+        p = self.p.qkv
         dqkve = h.new_empty(h.shape[0], len(e.back))
         raw = {"qkv": saved["qkv"]} if self.shape.spec.qk_norm else {}
         rope_backward(*dqkv, self.cos, self.sin, **self.head_norms(), **raw, out=dqkve[:, : p.rows])
-        dh, grads = torch.empty_like(h) if input_grad else None, _Sum()
+        dh, grads = h.new_empty(h.shape[0], self.p.down.rows + self.p.down.margin(h.device)), _Sum()
         for s in self.tiles(h):
             x, dye = self.normed(h[s], self.shape.input_norm, p, e), dqkve[s]
             self.fill_gradient_margin(dye, p, e)
             grads.add(p.gradients(dye[:, p.rows :], x[:, : p.columns], dye[:, : p.rows], x[:, p.columns :]))
-            if dh is not None:
+            if input_grad:
                 dx = dye @ e.back
-                self.norm_backward(dx, h[s], self.shape.input_norm, residual=dm[s, : self.o.rows], out=dh[s])
-        return dh, grads.total
+                out = dh[s, : p.columns]
+                self.norm_backward(dx, h[s], self.shape.input_norm, residual=dm[s, : self.p.o.rows], out=out)
+        return dh if input_grad else None, grads.total
 
     # ------------------------------------------------------------ parts of both
 
@@ -233,8 +242,8 @@ class Block:
 
     def activated(self, gate_up: Tensor, de: Weights) -> Tensor:
         ae = gate_up.new_empty(gate_up.shape[0], len(de.forward))
-        glu(gate_up, self.shape.activation, out=ae[:, : self.down.columns])
-        return self.fill_margin(ae, self.down, de)
+        glu(gate_up, self.shape.activation, out=ae[:, : self.p.down.columns])
+        return self.fill_margin(ae, self.p.down, de)
 
     def fill_margin(self, xe: Tensor, p: Projection, e: Weights) -> Tensor:
         """x A^T behind x."""

@@ -26,7 +26,7 @@ from whet.models import activations, attention
 from whet.models.activations import HostMemory, Policy
 from whet.models.block import Block
 from whet.models.families import FamilySpec, LayerShape, Norm, family, projections, read_norm, read_shape
-from whet.models.projection import Reader, lay_together
+from whet.models.projection import LayerReader, Reader, lay_together
 
 log = logging.getLogger("whet")
 
@@ -39,7 +39,8 @@ class Shared:
     """What all fused layers of a model have in common.
 
     policy: what each keeps for the backward pass, where `layers` does not say it layer by layer. tile: tokens that go
-    through a weight at once. auto: whether a trainer may plan these, within `budget` bytes on the device.
+    through a weight at once. auto: whether a trainer may plan these, within `budget` bytes on the device. gradient: the
+    buffer in which the layer above has handed one down.
     """
 
     config: Any
@@ -51,6 +52,7 @@ class Shared:
     budget: float | None = None
     host: HostMemory | None = None
     said: set[str] = field(default_factory=set)
+    gradient: Tensor | None = None
     _positions: tuple[Tensor, int, dict[str | None, tuple[Tensor, Tensor]]] | None = field(default=None, init=False)
 
     def policy_of(self, layer: int) -> Policy:
@@ -94,7 +96,7 @@ class FusedLayer:
     _whet_index: int
     _whet_shape: LayerShape
     _whet_norms: tuple[tuple[nn.Module, str, nn.Module], ...]
-    _whet_readers: dict[str, Reader]
+    _whet_reader: LayerReader
 
     # transformers sets this to have a layer run again in the backward pass. The block keeps what `Shared.policy` says,
     # so transformers is always told no, and the layer's own forward, where it runs, does what was asked for.
@@ -129,16 +131,15 @@ class FusedLayer:
             return self._say("32-bit weights under autocast")
         if any(parent._modules[name] is not norm or _trains(norm) for parent, name, norm in self._whet_norms):
             return self._say("norms that train or were replaced")
-        stacks = {name: reader.read() for name, reader in self._whet_readers.items()}
-        for stack in stacks.values():
-            if isinstance(stack, str):
-                return self._say(stack)
+        projections = self._whet_reader.read()
+        if isinstance(projections, str):
+            return self._say(projections)
         documents = attention.find_documents(
             h.shape[0], h.shape[1], position_ids, kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")
         )
         cos, sin = shared.tables(position_ids, shape.layer_type)
         layout = _layout(h, documents)
-        return Block(shape, **stacks, cos=cos, sin=sin, layout=layout, tile=shared.tile)
+        return Block(shape, projections, cos=cos, sin=sin, layout=layout, tile=shared.tile)
 
     def _say(self, reason: str) -> str:
         """Say once a model why its layers run as transformers wrote them."""
@@ -176,7 +177,7 @@ class _Layer(torch.autograd.Function):
         h = hidden_states.flatten(0, 1).contiguous()
         with torch.autocast(h.device.type, enabled=False):
             out, saved = block.forward(h, policy.keep)
-        ctx.block, ctx.parked = block, None
+        ctx.block, ctx.shared, ctx.parked = block, shared, None
         saved = {"h": h} | saved
         if policy.offload and h.is_cuda:
             ctx.memory = shared.host_memory(h.device)
@@ -194,15 +195,24 @@ class _Layer(torch.autograd.Function):
             saved = ctx.memory.fetch(ctx.parked)
         else:
             saved = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+        dout = grad.flatten(0, 1)
+        if dout.stride(1) != 1:
+            dout = dout.contiguous()
+        shared, handed = ctx.shared, ctx.shared.gradient
+        if handed is not None and handed.untyped_storage().data_ptr() != dout.untyped_storage().data_ptr():
+            handed = None  # something between the layers made a gradient of its own
         with torch.autocast(grad.device.type, enabled=False):
             dh, gradients = block.backward(
-                saved.pop("h"), grad.flatten(0, 1).contiguous(), saved, input_grad=ctx.needs_input_grad[0]
+                saved.pop("h"), dout, saved, input_grad=ctx.needs_input_grad[0], dout_e=handed
             )
+        shared.gradient = dh
         given = [
             g.to(p.dtype) if needed else None
             for g, p, needed in zip(gradients, block.parameters, ctx.needs_input_grad[4:], strict=True)
         ]
-        return (dh.view_as(grad) if dh is not None else None, None, None, None, *given)
+        if dh is not None:
+            dh = dh[:, : grad.shape[-1]].unflatten(0, grad.shape[:-1])
+        return (dh, None, None, None, *given)
 
 
 class FusedNorm:
@@ -275,8 +285,8 @@ def _fuse_layer(layer: nn.Module, index: int, spec: FamilySpec, shape: LayerShap
         (parent, name) for parent in (layer, layer.self_attn) for name in parent._modules if name.endswith("norm")
     ]
     layer._whet_norms = tuple((parent, name, parent._modules[name]) for parent, name in places)
-    layer._whet_readers = {name: Reader(modules) for name, modules in projections(layer, spec).items()}
-    for reader in layer._whet_readers.values():
+    layer._whet_reader = LayerReader({name: Reader(modules) for name, modules in projections(layer, spec).items()})
+    for reader in layer._whet_reader.readers.values():
         lay_together([parent._modules[name] for parent, name in reader.places])
     layer.__dict__.pop("gradient_checkpointing", None)
     layer.gradient_checkpointing = recompute

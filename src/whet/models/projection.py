@@ -11,14 +11,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from whet.kernels import layer_weights
 from whet.kernels.extend import extend
+from whet.kernels.layer_weights import ProjectionWeight
 from whet.kernels.nf4 import NF4Weight, dequantize_nf4, stack
 
 
@@ -93,6 +95,23 @@ class Projection:
             downs = [p.down.detach() if p.down is not None else e.new_empty(0, columns) for p in self.parts]
             ups = [p.up.detach() if p.up is not None else e.new_empty(p.rows, 0) for p in self.parts]
             extend(e, downs, ups, [part.scale for part in self.parts], rows, columns, self._bias(e))
+        return self.views(e)
+
+    @cached_property
+    def in_one_launch(self) -> ProjectionWeight | None:
+        """For kernels/layer_weights.py; None where its kernel can't lay out this projection."""
+        if len(self._stacked) > 1 or not isinstance(self._stacked[0], NF4Weight) or self.biased:
+            return None
+        weight = self._stacked[0]
+        none = torch.empty(0, device=weight.packed.device)
+        downs = [p.down if p.down is not None else none.view(0, self.columns) for p in self.parts]
+        ups = [p.up if p.up is not None else none.view(p.rows, 0) for p in self.parts]
+        scales = [p.scale for p in self.parts]
+        return ProjectionWeight(weight, downs, ups, scales, self.margin(weight.packed.device))
+
+    def views(self, e: Tensor) -> Weights:
+        """The views of a laid out weight [N + R, K + R]."""
+        rows, columns = self.rows, self.columns
         return Weights(e, e[:rows].T, e[:, :columns], e[rows:, :columns].T, e[:rows, columns:])
 
     def _bias(self, like: Tensor) -> Tensor | None:
@@ -120,6 +139,40 @@ class Projection:
         return found
 
 
+class LayerWeights(NamedTuple):
+    qkv: Weights
+    o: Weights
+    gate_up: Weights
+    down: Weights
+
+
+@dataclass(eq=False)
+class Projections:
+    """The four of a layer."""
+
+    qkv: Projection
+    o: Projection
+    gate_up: Projection
+    down: Projection
+
+    def __post_init__(self) -> None:
+        self.all = (self.qkv, self.o, self.gate_up, self.down)
+        self.parameters = tuple(x for p in self.all for x in p.parameters)
+
+    def weights(self, dtype: torch.dtype, device: torch.device) -> LayerWeights:
+        """All four dequantized, in one launch where that can be."""
+        if self._together is None:
+            return LayerWeights(*(p.weights(dtype, device) for p in self.all))
+        laid_out = layer_weights.layer_weights(self._together, dtype)
+        return LayerWeights(*(p.views(e) for p, e in zip(self.all, laid_out, strict=True)))
+
+    @cached_property
+    def _together(self) -> layer_weights.LayerWeights | None:
+        found = [p.in_one_launch for p in self.all]
+        known = [x for x in found if x is not None]
+        return layer_weights.LayerWeights(known) if len(known) == 4 and layer_weights.takes(known) else None
+
+
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, summed and returned in fp32 whatever the inputs are held in."""
     if a.dtype in (torch.float32, torch.float64):
@@ -143,6 +196,25 @@ class Reader:
         stamp = tuple(map(_state, modules))
         if stamp != self._stamp:
             self._stamp, self._found = stamp, _read_all(modules)
+        return self._found
+
+
+@dataclass
+class LayerReader:
+    """Reads a layer's projections, one reader for each."""
+
+    readers: dict[str, Reader]
+    _found: Projections | None = None
+
+    def read(self) -> Projections | str:
+        read = []
+        for reader in self.readers.values():
+            found = reader.read()
+            if isinstance(found, str):
+                return found
+            read.append(found)
+        if self._found is None or any(a is not b for a, b in zip(self._found.all, read, strict=True)):
+            self._found = Projections(*read)
         return self._found
 
 

@@ -6,6 +6,8 @@ import logging
 import os
 import re
 from collections import Counter
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from whet.plan.memory import GIB, Device, Plan, Sizes
 
 log = logging.getLogger("whet")
 
+OPTIMIZER_BUFFERS = 32 * 2**20  # train/optimizer.py's
 EIGHT_BIT = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "lion_8bit")
 
 
@@ -40,18 +43,37 @@ def sizes_of(model: nn.Module) -> Sizes | None:
     layers = [m for m in model.modules() if isinstance(m, FusedLayer)]
     if shared is None or len(layers) != shared.config.num_hidden_layers:
         return None
-    stacks = [reader.read() for reader in layers[0]._whet_readers.values()]
-    if any(isinstance(stack, str) for stack in stacks):
+    projections = layers[0]._whet_reader.read()
+    if isinstance(projections, str):
         return None
-    weights = [part.weight for stack in stacks for part in stack.parts]  # type: ignore[union-attr]
+    parts = [part for projection in projections.all for part in projection.parts]
+    weights = [part.weight for part in parts]
     bits = 16 if all(isinstance(w, torch.Tensor) for w in weights) else 4
     element = layers[0]._whet_shape.input_norm.weight.element_size()
-    rank = max(part.down.shape[0] if part.down is not None else 0 for s in stacks for part in s.parts)  # type: ignore[union-attr]
+    rank = max(part.down.shape[0] if part.down is not None else 0 for part in parts)
     return Sizes(layers[0]._whet_shape, len(layers), shared.config.vocab_size, rank, bits, element)
 
 
+@cache
 def device_rates(device: torch.device) -> Device:
-    return memory.HOPPER if torch.cuda.get_device_capability(device)[0] >= 9 else memory.AMPERE
+    """Rates of the nearest device known, and of this machine's own link to its host, which differs most: measured."""
+    nearest = memory.HOPPER if torch.cuda.get_device_capability(device)[0] >= 9 else memory.AMPERE
+    return replace(nearest, link=_link(device))
+
+
+def _link(device: torch.device, size: int = 64 * 2**20) -> float:
+    """Bytes/s of copies to pinned host memory, the best of three."""
+    there = torch.empty(size, dtype=torch.uint8, device=device)
+    here = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    best = float("inf")
+    for _ in range(3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        here.copy_(there, non_blocking=True)
+        end.record()
+        end.synchronize()
+        best = min(best, start.elapsed_time(end) / 1e3)
+    return size / best
 
 
 def static_bytes(model: nn.Module, optimizer: str) -> float:
@@ -59,7 +81,7 @@ def static_bytes(model: nn.Module, optimizer: str) -> float:
     trained = [p for p in model.parameters() if p.requires_grad]
     states = 2.1 if optimizer in EIGHT_BIT else 8
     coming = sum(p.numel() * (states + (p.element_size() if p.grad is None else 0)) for p in trained)
-    return torch.cuda.memory_allocated() + coming
+    return torch.cuda.memory_allocated() + coming + (OPTIMIZER_BUFFERS if optimizer in EIGHT_BIT else 0)
 
 
 def plan(model: nn.Module, passes: list[int], length: int, *, optimizer: str, budget: float | None) -> Plan | None:

@@ -9,9 +9,10 @@ Bytes throughout; times in seconds. T tokens of a pass, t of a tile, D width, F 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import product
+from functools import cache
+from itertools import pairwise, product
 
 from whet.models.activations import ALL, ATTENTION, INPUT, MOST, Policy
 from whet.models.families import LayerShape
@@ -21,6 +22,8 @@ PARKED_LAYERS = 2  # of values on their way to the host or back, on the device a
 SLACK = 0.03  # of the budget, for the allocator's rounding and what libraries hold
 TILES = (4096, 2048, 1024)  # tokens that go through a weight at once
 HEAD_CHUNK = 128 * 2**20
+LIBRARIES = 64 * 2**20  # workspaces of cuBLAS and cuDNN
+LAUNCH = 5e-3  # seconds of the host for a layer's forward and backward pass: short passes wait for it
 
 
 @dataclass(frozen=True)
@@ -32,9 +35,11 @@ class Device:
     link: float
 
 
+Mix = Mapping[Policy, int]  # how many layers have each
+
 # Measured where a result is committed under bench/results; others take the nearest.
 HOPPER = Device(matrix=660e12, memory=3.0e12, link=50e9)
-AMPERE = Device(matrix=230e12, memory=1.7e12, link=22e9)
+AMPERE = Device(matrix=230e12, memory=1.7e12, link=20e9)
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,7 @@ class Plan:
     seconds_a_token: float
 
 
+@cache
 def kept(sizes: Sizes, policy: Policy, tokens: int) -> float:
     """What one layer keeps of a pass, its input included."""
     s, e = sizes.shape, sizes.element
@@ -86,6 +92,7 @@ def kept(sizes: Sizes, policy: Policy, tokens: int) -> float:
     return tokens * (a_token + (4 * s.q_heads if "lse" in policy.keep else 0))
 
 
+@cache
 def working(sizes: Sizes, policy: Policy, tokens: int) -> float:
     """The most that is alive at one time beside what layers keep: in a layer's backward pass, or in the head's."""
     s, e = sizes.shape, sizes.element
@@ -94,48 +101,46 @@ def working(sizes: Sizes, policy: Policy, tokens: int) -> float:
     t = min(tokens, sizes.tile)
     flow = tokens * (2 * d + margin) * e  # the gradient that came in, and that of m
     again = kept(sizes, MOST, tokens) - kept(sizes, policy, tokens) if "qkv" not in policy.keep else 0
-    mlp_weights = e * ((2 * f + margin) * (d + margin) + (d + margin) * (f + margin))
+    weights = e * ((w + margin) * (d + margin) + (d + margin) * (q + margin))  # all four projections, for a whole pass
+    weights += e * ((2 * f + margin) * (d + margin) + (d + margin) * (f + margin))
     mlp = t * e * (3 * d + 2 * f + 2 * f + (0 if "gate_up" in policy.keep else 2 * f) + 3 * margin)
-    attention_weights = e * (w + margin) * (d + margin)
     # do, dq dk dv and their rotated copy; the kernel adds up dq in fp32
     attention = tokens * e * (q + w + w + margin) + tokens * q * 4 + tokens * d * e
-    layer = flow + again + max(mlp_weights + mlp, attention_weights + attention)
+    layer = flow + again + weights + max(mlp, attention)
     head = tokens * d * e * 4 + HEAD_CHUNK
-    return max(layer, head)
+    return max(layer, head) + LIBRARIES
 
 
-def peak(sizes: Sizes, static: float, policies: tuple[Policy, ...], tokens: int) -> float:
+def peak(sizes: Sizes, static: float, policies: Mix, tokens: int) -> float:
     """Bytes on the device at the highest: `static` (weights, adapters, optimizer) and a pass of `tokens`."""
-    here = sum(kept(sizes, p, tokens) for p in policies if not p.offload)
-    parked = sorted((kept(sizes, p, tokens) for p in policies if p.offload), reverse=True)
-    most = max(working(sizes, p, tokens) for p in set(policies))
-    return static + here + sum(parked[:PARKED_LAYERS]) + most
+    each = {p: kept(sizes, p, tokens) for p in policies}
+    here = sum(n * each[p] for p, n in policies.items() if not p.offload)
+    parked = [each[p] for p, n in policies.items() if p.offload for _ in range(min(n, PARKED_LAYERS))]
+    most = max(working(sizes, p, tokens) for p in policies)
+    return static + here + sum(sorted(parked, reverse=True)[:PARKED_LAYERS]) + most
 
 
-def seconds(sizes: Sizes, device: Device, policies: tuple[Policy, ...], tokens: int, length: int) -> float:
+def seconds(sizes: Sizes, device: Device, policies: Mix, tokens: int, length: int) -> float:
     """An estimate for one pass of `tokens`, forward and backward, in documents of `length`."""
     s = sizes.shape
-    matrix = device.matrix * min(tokens, sizes.tile) / (min(tokens, sizes.tile) + 100)  # short tiles do worse
+    tile = min(tokens, sizes.tile)
+    matrix = device.matrix * tile / (tile + 100)  # short tiles do worse
     through = 2 * sizes.layer_weights * tokens / matrix
     scores = 2 * 2 * tokens * length / 2 * sizes.q / (0.6 * device.matrix)
     dequantize = sizes.layer_weights * (sizes.bits / 8 + sizes.element) / device.memory
     passes = kept(sizes, ALL, tokens) * 5 / device.memory  # norms, rotations, activations, adapters
-    forward = through + scores + dequantize + passes / 3
-    total = sizes.layers * (2 * through + 3.5 * scores + 2 * dequantize + passes)
+    forward = sizes.layers * (through + scores + dequantize + passes / 3)
+    backward = sizes.layers * (through + 2.5 * scores + dequantize + passes * 2 / 3)
     gate_up = 4 * s.width * s.hidden * tokens / matrix
-    qkv = 2 * s.width * sizes.qkv * tokens / matrix
-    o = 2 * s.width * sizes.q * tokens / matrix
-    for policy in policies:
-        if "gate_up" not in policy.keep:
-            total += gate_up
-        if "qkv" not in policy.keep:
-            total += qkv + o + dequantize / 4
-        if "o" not in policy.keep:
-            total += scores
-    copied = sum(kept(sizes, p, tokens) for p in policies if p.offload) / device.link
-    stall = max(0.0, copied - 0.9 * sizes.layers * forward) + max(0.0, copied - 0.9 * (total - sizes.layers * forward))
-    head = 3 * 2 * s.width * sizes.vocabulary * tokens / 1.5 / device.matrix
-    return total + stall + head
+    qkv_and_o = 2 * s.width * (sizes.qkv + sizes.q) * tokens / matrix
+    for policy, n in policies.items():
+        backward += n * gate_up * ("gate_up" not in policy.keep)
+        backward += n * qkv_and_o * ("qkv" not in policy.keep)
+        backward += n * scores * ("o" not in policy.keep)
+    copied = sum(n * kept(sizes, p, tokens) for p, n in policies.items() if p.offload) / device.link
+    stall = max(0.0, copied - 0.9 * forward) + max(0.0, copied - 0.9 * backward)
+    head = 2 * 2 * s.width * sizes.vocabulary * tokens / device.matrix
+    return max(forward + backward + stall, sizes.layers * LAUNCH) + head
 
 
 def choose(
@@ -145,55 +150,47 @@ def choose(
 
     passes: tokens that a pass may have. host: bytes of host memory that may be pinned.
     """
-    best = None
+    best, mix = None, None
     for tokens, tile in product(passes, TILES):
         if tile > tokens and tile > TILES[-1]:
             continue  # the same as a smaller one
         tiled = replace(sizes, tile=tile)
         for policies in _mixes(sizes.layers):
             needed = peak(tiled, static, policies, tokens)
-            parked = sum(kept(tiled, p, tokens) for p in policies if p.offload)
+            parked = sum(n * kept(tiled, p, tokens) for p, n in policies.items() if p.offload)
             if needed > (1 - SLACK) * budget or parked > host:
                 continue
             time = seconds(tiled, device, policies, tokens, length) / tokens
             if best is None or time < best.seconds_a_token:
-                best = Plan(tokens, tile, policies, needed, time)
-    return best
+                best, mix = Plan(tokens, tile, (), needed, time), policies
+    return None if best is None or mix is None else replace(best, policies=spread(mix))
 
 
 def leanest(sizes: Sizes, static: float, tokens: int) -> Plan:
     """The plan for passes of `tokens` that takes the least memory on the device."""
     lean = replace(sizes, tile=TILES[-1])
-    policy = min((replace(p, offload=True) for p in (MOST, ATTENTION, INPUT)), key=lambda p: _peak_of(lean, p, tokens))
-    policies = (policy,) * sizes.layers
-    return Plan(tokens, lean.tile, policies, peak(lean, static, policies, tokens), float("nan"))
+    mixes = [{replace(p, offload=True): sizes.layers} for p in (MOST, ATTENTION, INPUT)]
+    needed, policies = min(((peak(lean, static, mix, tokens), spread(mix)) for mix in mixes), key=lambda x: x[0])
+    return Plan(tokens, lean.tile, policies, needed, float("nan"))
 
 
-def _peak_of(sizes: Sizes, policy: Policy, tokens: int) -> float:
-    return peak(sizes, 0, (policy,) * sizes.layers, tokens)
+@cache
+def _mixes(layers: int) -> list[Mix]:
+    """n layers keep one set of values on the host, the others one or two sets on the device."""
+    counts = sorted({*range(0, layers + 1, max(1, layers // 16)), layers})
+    found: dict[frozenset[tuple[Policy, int]], Mix] = {}
+    for parked, (fuller, leaner) in product((ALL, MOST, ATTENTION, INPUT), pairwise((ALL, MOST, ATTENTION, INPUT))):
+        for on_host, full in product(counts, counts):
+            if on_host + full <= layers:
+                parts = ((replace(parked, offload=True), on_host), (fuller, full), (leaner, layers - on_host - full))
+                mix = {policy: n for policy, n in parts if n}
+                found[frozenset(mix.items())] = mix
+    return list(found.values())
 
 
-def _mixes(layers: int) -> Iterator[tuple[Policy, ...]]:
-    """n layers keep one set of values on the host, the others one or two sets on the device; spread evenly."""
-    step = max(1, layers // 16)
-    counts = sorted({*range(0, layers + 1, step), layers})
-    for parked in (ALL, MOST, ATTENTION, INPUT):
-        for on_host in counts:
-            for fuller, leaner in ((ALL, MOST), (MOST, ATTENTION), (ATTENTION, INPUT)):
-                for full in counts:
-                    if full > layers - on_host or (on_host == 0 and parked is not ALL):
-                        continue
-                    if full == 0 and fuller is not ALL and leaner is MOST:
-                        continue
-                    device = spread(full, layers - on_host, fuller, leaner)
-                    yield _merge(spread(on_host, layers, replace(parked, offload=True), None), device)
-
-
-def spread(count: int, layers: int, some: Policy, others: Policy | None) -> tuple[Policy | None, ...]:
-    """`some` in `count` of `layers` places, as evenly as they go, `others` in the rest."""
-    return tuple(some if (i + 1) * count // layers > i * count // layers else others for i in range(layers))
-
-
-def _merge(host: tuple[Policy | None, ...], device: tuple[Policy | None, ...]) -> tuple[Policy, ...]:
-    rest = iter(device)
-    return tuple(p if p is not None else next(rest) for p in host)  # type: ignore[misc]
+def spread(mix: Mix) -> tuple[Policy, ...]:
+    """A policy for each layer, those of one kind as far apart as they go: copies then have layers to hide behind."""
+    layers = sum(mix.values())
+    places = sorted(((i + 0.5) / n, order, p) for order, (p, n) in enumerate(mix.items()) for i in range(n))
+    assert len(places) == layers
+    return tuple(policy for _, _, policy in places)

@@ -21,8 +21,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 import transformers
 import trl
+from bitsandbytes.optim import AdamW
 from peft import PeftModel
 from torch import nn
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -32,6 +34,7 @@ from whet.models.head import use_fused_head
 from whet.plan.fit import fit_to_memory
 from whet.train.arguments import OLDER_ARGUMENTS, TRL_MAY_DECIDE, OlderArguments, given_names, translate
 from whet.train.formatting import FormattingFunction, formatted
+from whet.train.optimizer import AdamW8bit
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="You are importing from 'trl.experimental'")
@@ -85,6 +88,8 @@ class OlderTrainer:
         if longest is None:
             return
         given = given_names(config)
+        if "logging_nan_inf_filter" not in given:
+            config.logging_nan_inf_filter = False  # waits for every batch, and would log the mean in the place of a NaN
         if hasattr(config, "max_length") and "max_length" not in given:
             config.max_length = longest
         if "gradient_checkpointing" not in given:
@@ -96,6 +101,18 @@ class OlderTrainer:
 
     def _adjust(self, config: Any, arguments: Arguments) -> None:
         """What one trainer needs beyond the rest."""
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own; in the place of bitsandbytes' AdamW in 8 bits, one of the same results with few launches.
+
+        transformers makes the optimizer first: it also tells bitsandbytes which weights keep moments of 32 bits.
+        """
+        given = self.optimizer is not None
+        made = super().create_optimizer(*args, **kwargs)
+        ours = hasattr(self.model, "max_seq_length") and self.args.optim in ("adamw_8bit", "adamw_bnb_8bit")
+        if ours and not given and type(made) is AdamW and made.args.optim_bits == 8:
+            self.optimizer = AdamW8bit.like(made)
+        return self.optimizer
 
     def _send_telemetry(self) -> None:
         """Nothing. TRL's method of this name reports the trainer, the model and the hardware to its makers."""
@@ -183,6 +200,20 @@ class RewardConfig(OlderArguments, trl.RewardConfig):
     """trl.RewardConfig that also takes older names."""
 
 
+class PaddingFree(DataCollatorForLanguageModeling):
+    """TRL's collator, which from 1.16 on also says where documents begin: on the CPU, where that costs nothing."""
+
+    def torch_call(self, examples: list[Arguments]) -> Arguments:
+        batch = super().torch_call(examples)
+        if "cu_seq_lens_q" not in batch:
+            positions = batch["position_ids"][0]
+            ends = torch.tensor([len(positions)])
+            bounds = torch.cat([(positions == 0).nonzero().flatten(), ends]).to(torch.int32)
+            batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = bounds
+            batch["max_length_q"] = batch["max_length_k"] = int(bounds.diff().max())
+        return batch
+
+
 class SFTTrainer(OlderTrainer, trl.SFTTrainer):
     """Learns to continue text, or to answer. See trl.SFTTrainer.
 
@@ -202,10 +233,47 @@ class SFTTrainer(OlderTrainer, trl.SFTTrainer):
 
         TRL has this too, but refuses it with `max_length`, to which the rows are cut here all the same.
         """
-        collator, logits_are_read = self.data_collator, (self.compute_metrics, self.compute_loss_func)
-        plain = type(collator) is DataCollatorForLanguageModeling and not self.args.packing
-        if plain and fused.shared_of(self.model) is not None and logits_are_read == (None, None):
-            self.data_collator = dataclasses.replace(collator, padding_free=True)
+        collator = self.data_collator
+        if type(collator) is not DataCollatorForLanguageModeling or fused.shared_of(self.model) is None:
+            return
+        logits_are_read = self.compute_metrics is not None or self.compute_loss_func is not None
+        if collator.padding_free or not (self.args.packing or logits_are_read):
+            settings = {f.name: getattr(collator, f.name) for f in dataclasses.fields(collator) if f.init}
+            self.data_collator = PaddingFree(**{**settings, "padding_free": True})
+
+    def compute_loss(
+        self, model: Any, inputs: Arguments, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's loss. Its metrics stay on the device until they are logged: TRL waits for them after every batch."""
+        if return_outputs or not self._is_plain(inputs):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(**{**inputs, "use_cache": False}, fused_lm_head=True)
+        labelled = outputs.label_mask.sum()
+        items = labelled if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        mode = "train" if self.model.training else "eval"
+        if mode == "train":
+            self._total_train_tokens += inputs["position_ids"].numel()
+        for name, values in (("entropy", outputs.entropy), ("mean_token_accuracy", outputs.is_top1)):
+            self._metrics[mode][name].append(values.detach().sum() / labelled.clamp(min=1))
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        return -outputs.log_probs.sum() / items.clamp(min=1)
+
+    def _is_plain(self, inputs: Arguments) -> bool:
+        """Whether the loss is the mean negative log-likelihood of a padding-free batch on one device."""
+        return (
+            "attention_mask" not in inputs
+            and "position_ids" in inputs
+            and self.args.loss_type == "nll"
+            and self.compute_loss_func is None
+            and self.label_smoother is None
+            and not self.aux_loss_enabled
+            and self.accelerator.num_processes == 1
+        )
+
+    def log(self, logs: Arguments, *args: Any, **kwargs: Any) -> None:
+        for values in self._metrics["train" if self.model.training else "eval"].values():
+            values[:] = [float(value) for value in values]
+        super().log(logs, *args, **kwargs)
 
     def _adjust(self, config: Any, arguments: Arguments) -> None:
         if arguments.get("formatting_func") is not None:

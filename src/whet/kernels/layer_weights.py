@@ -1,0 +1,225 @@
+"""All weights of a decoder layer, dequantized and with their adapters beside them, in one launch.
+
+Each projection is laid out as kernels/extend.py says, [N + R, K + R], one after another in one buffer; NF4 is undone as
+kernels/nf4.py says, to the bit. Launching a kernel costs the host more than most of them take on the device, and a
+layer needs these eight times a pass: this one reads where its inputs lie from a table that is made once.
+Shapes: W [N, K] of a projection; A_j [r_j, K], B_j [n_j, r_j] of its parts, at most three; R columns of margin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from whet.kernels._triton import HAVE_TRITON, jit, tl
+from whet.kernels.extend import MOST_PARTS, extend_reference
+from whet.kernels.nf4 import NF4Weight, dequantize_nf4_reference, kernel_takes
+
+ALIGNED = 64  # elements that each projection's place is a multiple of
+BLOCKS = 64  # blocks of 64 weights that a program dequantizes
+BORDER = 16  # rows or columns of margin that a program writes, so many of the others at a time: registers that these
+STRIP = 16  # take are taken from the programs that dequantize, which want many of themselves on a multiprocessor
+FIELDS = 24  # of a projection in the table
+
+
+@dataclass(frozen=True, eq=False)
+class ProjectionWeight:
+    """One projection: its weight, the A and B of its parts (rank 0 for a part without), their scales, and R."""
+
+    weight: NF4Weight
+    downs: Sequence[Tensor]
+    ups: Sequence[Tensor]
+    scales: Sequence[float]
+    margin: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[N + R, K + R]."""
+        return self.weight.rows + self.margin, self.weight.columns + self.margin
+
+
+@dataclass(eq=False)
+class LayerWeights:
+    """The projections of one layer, and the table of their addresses, made again when an adapter has moved."""
+
+    projections: Sequence[ProjectionWeight]
+    _addresses: tuple[int, ...] = ()
+    _table: tuple[Tensor, Tensor, list[Tensor]] | None = field(default=None)
+
+    @property
+    def places(self) -> list[int]:
+        """Where each projection begins in the buffer, and the buffer's size, in elements."""
+        places = [0]
+        for p in self.projections:
+            rows, columns = p.shape
+            places.append(places[-1] + -(-rows * columns // ALIGNED) * ALIGNED)
+        return places
+
+    def table(self) -> tuple[Tensor, Tensor]:
+        addresses = tuple(x.data_ptr() for p in self.projections for x in (*p.downs, *p.ups))
+        if addresses != self._addresses or self._table is None:
+            self._addresses, self._table = addresses, _table(self.projections, self.places)
+        return self._table[0], self._table[1]
+
+
+def takes(projections: Sequence[ProjectionWeight]) -> bool:
+    """Whether one launch can do these: double-quantized weights that share their tables, contiguous fp32 adapters."""
+    first = projections[0].weight
+    return HAVE_TRITON and all(
+        kernel_takes(p.weight)
+        and p.weight.code2 is not None
+        and p.weight.packed.is_cuda
+        and p.weight.packed.data_ptr() % 16 == 0
+        and torch.equal(p.weight.code2, first.code2)
+        and torch.equal(p.weight.code, first.code)
+        and len(p.downs) <= MOST_PARTS
+        and all(x.dtype == torch.float32 and x.is_contiguous() for x in (*p.downs, *p.ups))
+        for p in projections
+    )
+
+
+def layer_weights_reference(layer: LayerWeights, out: Tensor) -> None:
+    for p, place in zip(layer.projections, layer.places, strict=False):
+        rows, columns = p.shape
+        e = out[place : place + rows * columns].view(rows, columns)
+        dequantize_nf4_reference(p.weight, out=e[: p.weight.rows, : p.weight.columns])
+        if p.margin:
+            extend_reference(e, p.downs, p.ups, p.scales, p.weight.rows, p.weight.columns)
+
+
+def _table(projections: Sequence[ProjectionWeight], places: Sequence[int]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The table, the scales, and what the table points at and nobody else holds."""
+    entries, scales, made, first = [], [], [], 0
+    for p, place in zip(projections, places, strict=False):
+        w, missing = p.weight, MOST_PARTS - len(p.downs)
+        assert w.absmax2 is not None
+        assert w.offset is not None
+        offset = w.offset.reshape(-1)
+        if offset.numel() == 1:
+            offset = offset.expand_as(w.absmax2).contiguous()
+            made.append(offset)
+        dequantize, right, below = _programs(p)
+        entry = [
+            w.packed.data_ptr(), w.absmax.data_ptr(), w.absmax2.data_ptr(), offset.data_ptr(),
+            place, w.rows, w.columns, p.margin, first, first + dequantize, first + dequantize + right,
+            *[x.data_ptr() for x in p.downs], *[0] * missing,
+            *[x.data_ptr() for x in p.ups], *[0] * missing,
+            *[x.shape[0] for x in p.ups], *[0] * missing,
+            *[x.shape[0] for x in p.downs], *[0] * missing,
+        ]  # fmt: skip
+        entries.append(entry + [0] * (FIELDS - len(entry)))
+        scales.append([*p.scales, *[0.0] * missing])
+        first += dequantize + right + below
+    device = projections[0].weight.packed.device
+    table = torch.tensor(entries, dtype=torch.int64).to(device)
+    kept = torch.tensor(scales, dtype=torch.float32).to(device)
+    return table, kept, made
+
+
+def _programs(p: ProjectionWeight) -> tuple[int, int, int]:
+    """Programs that dequantize, that write the margin at the right, and that below."""
+    blocks = -(-p.weight.rows * p.weight.columns // 64)
+    if not p.margin:
+        return -(-blocks // BLOCKS), 0, 0
+    return -(-blocks // BLOCKS), -(-p.weight.rows // BORDER), -(-p.weight.columns // BORDER)
+
+
+@jit
+def _layer_weights_kernel(
+    table, scales, code_ptr, code2_ptr, like_ptr, out_ptr,
+    PROJECTIONS: tl.constexpr, BLOCKS: tl.constexpr, BORDER: tl.constexpr, STRIP: tl.constexpr, FIELDS: tl.constexpr,
+):  # fmt: skip
+    """Fields of a projection: see `_table`. The programs of one come before those of the next."""
+    program = tl.program_id(0).to(tl.int64)
+    p = 0
+    for other in tl.static_range(1, PROJECTIONS):
+        p += (program >= tl.load(table + other * FIELDS + 8)).to(tl.int32)
+    entry = table + p * FIELDS
+    out = out_ptr + tl.multiple_of(tl.load(entry + 4), 16)
+    rows, columns, margin = tl.load(entry + 5), tl.load(entry + 6), tl.load(entry + 7)
+    stride = columns + margin
+    program -= tl.load(entry + 8)
+    right = tl.load(entry + 9) - tl.load(entry + 8)
+    below = tl.load(entry + 10) - tl.load(entry + 8)
+    if program < right:
+        words_ptr = tl.multiple_of(tl.load(entry).to(tl.pointer_type(tl.int32)), 16)
+        absmax_ptr = tl.load(entry + 1).to(tl.pointer_type(tl.uint8))
+        absmax2_ptr = tl.load(entry + 2).to(tl.pointer_type(tl.float32))
+        offset_ptr = tl.load(entry + 3).to(tl.pointer_type(tl.float32))
+        words = rows * columns // 8
+        block = program * BLOCKS + tl.arange(0, BLOCKS)
+        inside = block * 8 < words
+        index = tl.load(absmax_ptr + block, mask=inside, other=0).to(tl.int32)
+        scale2 = tl.load(absmax2_ptr + block // 256, mask=inside, other=0.0)
+        offset = tl.load(offset_ptr + block // 256, mask=inside, other=0.0)
+        absmax = tl.load(code2_ptr + index) * scale2 + offset
+        absmax = tl.reshape(tl.broadcast_to(absmax[:, None], (BLOCKS, 8)), (BLOCKS * 8,))
+        word = program * (BLOCKS * 8) + tl.arange(0, BLOCKS * 8)
+        mask = word < words
+        packed = tl.load(words_ptr + word, mask=mask, other=0)
+        j = tl.arange(0, 8)
+        nibble = (packed[:, None] >> ((j ^ 1) * 4)[None, :]) & 15  # the high nibble of a byte comes first
+        code = tl.load(code_ptr + tl.arange(0, 16))
+        value = tl.reshape(tl.gather(code, tl.reshape(nibble, (BLOCKS * 64,)), 0), (BLOCKS * 8, 8)) * absmax[:, None]
+        a_row = (columns // 8).to(tl.int32)
+        small = word.to(tl.int32)
+        at = (small // a_row).to(tl.int64) * stride + (small % a_row) * 8
+        place = out + tl.multiple_of(at, 8)[:, None] + j[None, :]
+        tl.store(place, value.to(out_ptr.dtype.element_ty), mask=mask[:, None])
+    else:
+        pointer = like_ptr.dtype
+        n0, n1, n2 = tl.load(entry + 17), tl.load(entry + 18), tl.load(entry + 19)
+        r0, r1, r2 = tl.load(entry + 20), tl.load(entry + 21), tl.load(entry + 22)
+        if program < below:  # s B at the right of W
+            b0 = tl.load(entry + 14).to(pointer)
+            b1 = tl.load(entry + 15).to(pointer)
+            b2 = tl.load(entry + 16).to(pointer)
+            row = ((program - right) * BORDER + tl.arange(0, BORDER))[:, None]
+            s = scales + p * 3
+            for c in range(0, margin, STRIP):
+                column = (c + tl.arange(0, STRIP))[None, :]
+                m0 = (row < n0) & (column < r0)
+                m1 = (row >= n0) & (row < n0 + n1) & (column >= r0) & (column < r0 + r1)
+                m2 = (row >= n0 + n1) & (row < n0 + n1 + n2) & (column >= r0 + r1) & (column < r0 + r1 + r2)
+                x = tl.load(b0 + row * r0 + column, mask=m0, other=0.0) * tl.load(s)
+                x += tl.load(b1 + (row - n0) * r1 + (column - r0), mask=m1, other=0.0) * tl.load(s + 1)
+                x += tl.load(b2 + (row - n0 - n1) * r2 + (column - r0 - r1), mask=m2, other=0.0) * tl.load(s + 2)
+                inside = (row < rows) & (column < margin)
+                tl.store(out + row * stride + columns + column, x.to(out_ptr.dtype.element_ty), mask=inside)
+        else:  # A under W
+            a0 = tl.load(entry + 11).to(pointer)
+            a1 = tl.load(entry + 12).to(pointer)
+            a2 = tl.load(entry + 13).to(pointer)
+            k = ((program - below) * BORDER + tl.arange(0, BORDER))[None, :]
+            in_k = k < columns
+            for c in range(0, margin, STRIP):
+                i = (c + tl.arange(0, STRIP))[:, None]
+                y = tl.load(a0 + i * columns + k, mask=in_k & (i < r0), other=0.0)
+                y += tl.load(a1 + (i - r0) * columns + k, mask=in_k & (i >= r0) & (i < r0 + r1), other=0.0)
+                m = in_k & (i >= r0 + r1) & (i < r0 + r1 + r2)
+                y += tl.load(a2 + (i - r0 - r1) * columns + k, mask=m, other=0.0)
+                tl.store(out + (rows + i) * stride + k, y.to(out_ptr.dtype.element_ty), mask=in_k & (i < margin))
+
+
+def layer_weights_triton(layer: LayerWeights, out: Tensor) -> None:
+    table, scales = layer.table()
+    first = layer.projections[0]
+    programs = sum(sum(_programs(p)) for p in layer.projections)
+    _layer_weights_kernel[(programs,)](
+        table, scales, first.weight.code, first.weight.code2, scales, out,
+        PROJECTIONS=len(layer.projections), BLOCKS=BLOCKS, BORDER=BORDER, STRIP=STRIP, FIELDS=FIELDS, num_warps=4,
+        enable_fp_fusion=False,  # as in kernels/nf4.py
+    )  # fmt: skip
+
+
+def layer_weights(layer: LayerWeights, dtype: torch.dtype) -> list[Tensor]:
+    """[N + R, K + R] of each projection in `dtype`: views of one new buffer. Needs `takes`."""
+    out = torch.empty(layer.places[-1], dtype=dtype, device=layer.projections[0].weight.packed.device)
+    (layer_weights_triton if out.is_cuda else layer_weights_reference)(layer, out)
+    return [
+        out[place : place + p.shape[0] * p.shape[1]].view(p.shape)
+        for p, place in zip(layer.projections, layer.places, strict=False)
+    ]

@@ -1,0 +1,412 @@
+"""The optimizer that updates many parameters at once: bitwise bitsandbytes', with few calls."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.functional
+import pytest
+import torch
+import trl
+from bitsandbytes.optim import AdamW, GlobalOptimManager
+from torch import Tensor, nn
+
+import whet
+from tests.train.setups import common
+from whet.train import optimizer
+from whet.train.optimizer import AdamW8bit
+
+SHAPES = [(4096,), (4097,), (5000,), (65536 + 3,), (7,), (16, 300), (300, 16), (1, 4095), (3, 3), (256, 256), (1, 8191)]
+STEPS = 20
+
+
+def bitsandbytes_own(groups: list[dict[str, Any]]) -> AdamW:
+    return AdamW(groups, lr=1e-3, eps=1e-7, optim_bits=8)
+
+
+def ours(groups: list[dict[str, Any]]) -> AdamW8bit:
+    return AdamW8bit(groups, lr=1e-3, eps=1e-7)
+
+
+class Run:
+    """An optimizer and its parameters: two groups, in fp32 and bf16, of every shape. The same each time."""
+
+    def __init__(self, make: Callable[..., AdamW], device: str = "cpu", scale: float = 1.0) -> None:
+        generator = torch.Generator().manual_seed(0)
+        drawn = [
+            torch.randn(shape, generator=generator).mul(scale).to(device, dtype)
+            for dtype in (torch.float32, torch.bfloat16)
+            for shape in SHAPES
+        ]
+        self.parameters = [nn.Parameter(t) for t in drawn]
+        self.optimizer = make(
+            [
+                {"params": self.parameters[::2], "weight_decay": 0.1},
+                {"params": self.parameters[1::2], "weight_decay": 0.0, "lr": 3e-2, "betas": (0.8, 0.95)},
+            ]
+        )
+        self.done = 0
+
+    def step(self, steps: int = 1) -> None:
+        """The first parameters of both groups and one in the midst have no gradient in some steps."""
+        for _ in range(steps):
+            generator = torch.Generator().manual_seed(1 + self.done)
+            for number, p in enumerate(self.parameters):
+                grad = torch.randn(p.shape, generator=generator).mul(0.01 * (1 + number % 3)).to(p.device, p.dtype)
+                absent = (number == 0 and self.done in (0, 1)) or (number in (1, 8, 9) and self.done % 5 == 3)
+                p.grad = None if absent else grad
+            for group in self.optimizer.param_groups:
+                group["lr"] *= 0.9
+            self.optimizer.step()
+            self.done += 1
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Weights and whatever the optimizer keeps."""
+        for p in self.parameters:
+            yield p
+            state = self.optimizer.state[p]
+            yield torch.tensor(state.get("step", 0))
+            for name in ("state1", "state2", "absmax1", "absmax2", "qmap1", "qmap2"):
+                if name in state:
+                    yield state[name]
+
+
+def assert_same(one: Run, other: Run) -> None:
+    pairs = list(zip(one.tensors(), other.tensors(), strict=True))
+    for a, b in pairs:
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape
+        assert torch.equal(a, b)
+
+
+@pytest.fixture(autouse=True)
+def overrides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes keeps overrides by the id of parameters, in one place for the process."""
+    manager = GlobalOptimManager.get_instance()
+    for name in ("pid2config", "index2config"):
+        monkeypatch.setattr(manager, name, {})
+    monkeypatch.setattr(manager, "module_weight_config_triple", [])
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, torch.dtype]]:
+    """How many values each update was called with, and their dtype."""
+    seen: list[tuple[int, torch.dtype]] = []
+    for name in ("optimizer_update_8bit_blockwise", "optimizer_update_32bit"):
+        own = getattr(bitsandbytes.functional, name)
+
+        def counted(*args: Any, own: Any = own, **kwargs: Any) -> None:
+            assert args[1].is_contiguous(), "a kernel reads a gradient in the order of its memory"
+            assert args[2].is_contiguous()
+            seen.append((args[2].numel(), args[2].dtype))
+            own(*args, **kwargs)
+
+        monkeypatch.setattr(bitsandbytes.functional, name, counted)
+    return seen
+
+
+def sizes(calls: list[tuple[int, torch.dtype]]) -> list[int]:
+    return sorted(size for size, _ in calls)
+
+
+@pytest.mark.parametrize("chunk", [optimizer.CHUNK, 1 << 13, 1 << 16])
+def test_weights_and_state_are_bitwise_bitsandbytes(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a block that is quantized with its neighbour, fill that gets into a scale, gradients of one chunk left
+    in another's fill, and steps counted wrong for a parameter that has no gradient at times."""
+    monkeypatch.setattr(optimizer, "CHUNK", chunk)
+    one, other = Run(bitsandbytes_own), Run(ours)
+    for _ in range(STEPS):
+        one.step()
+        other.step()
+        assert_same(one, other)
+    states = [other.optimizer.state[p] for p in other.parameters]
+    assert {state["state1"].dtype for state in states} == {torch.uint8, torch.float32}
+    assert {state["step"] for state in states} == {STEPS, STEPS - 2, STEPS - 4}
+
+
+def test_infinite_and_missing_numbers_do_as_they_do_there() -> None:
+    """Catches a NaN that gets from one parameter into others."""
+    runs = [Run(bitsandbytes_own), Run(ours)]
+    for run in runs:
+        run.step(2)
+        run.parameters[2].grad.view(-1)[300] = torch.nan
+        run.parameters[4].grad.view(-1)[5] = torch.inf
+        run.optimizer.step()
+        run.step(2)
+    pairs = list(zip(runs[0].tensors(), runs[1].tensors(), strict=True))
+    for a, b in pairs:
+        assert torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
+    assert sum(bool(b.isnan().any()) for _, b in pairs if b.is_floating_point()) < 10
+
+
+@pytest.mark.parametrize(("first", "then"), [(bitsandbytes_own, ours), (ours, bitsandbytes_own), (ours, ours)])
+@pytest.mark.parametrize("saved", [True, False], ids=["in a file", "in memory"])
+def test_checkpoints_go_both_ways(first: Callable[..., AdamW], then: Callable[..., AdamW], saved: bool) -> None:
+    """Catches loaded moments that the next step doesn't use, or that fill of another code gets into a scale."""
+    whole, begun, resumed = Run(bitsandbytes_own), Run(first), Run(then)
+    whole.step(12)
+    begun.step(5)
+    resumed.step(2)  # a layout, which loading makes void
+    state = begun.optimizer.state_dict()
+    if saved:
+        file = io.BytesIO()
+        torch.save(state, file)
+        file.seek(0)
+        state = torch.load(file)
+    resumed.optimizer.load_state_dict(state)
+    for p, q in zip(resumed.parameters, begun.parameters, strict=True):
+        p.data.copy_(q.data)
+    resumed.done = 5
+    begun.step(3)  # what was loaded must not follow
+    resumed.step(7)
+    assert_same(whole, resumed)
+
+
+def test_moments_in_codes_of_another_map() -> None:
+    """Catches moments read in their neighbour's map: other versions of bitsandbytes may write other maps."""
+    runs = [Run(bitsandbytes_own), Run(ours)]
+    for run in runs:
+        run.step(3)
+        state = run.optimizer.state_dict()
+        moments = [entry["__bnb_optimizer_quant_state__"] for entry in state["state"].values()]
+        for tensors in [entry for entry in moments if "qmap2" in entry][3:6]:
+            tensors["qmap2"] = tensors["qmap2"].sqrt()
+        run.optimizer.load_state_dict(state)
+        run.step(4)
+    assert_same(*runs)
+    maps = {id(state["qmap2"]) for state in runs[1].optimizer.state.values() if "qmap2" in state}
+    assert len(maps) == 2, "a copy for each parameter is kept"
+
+
+def test_the_state_dict_has_bitsandbytes_form() -> None:
+    """Catches moments that are saved in another shape, or under other names."""
+    one, other = Run(bitsandbytes_own), Run(ours)
+    one.step(3)
+    other.step(3)
+    left, right = one.optimizer.state_dict(), other.optimizer.state_dict()
+    assert left["param_groups"] == right["param_groups"]
+    assert left["state"].keys() == right["state"].keys()
+    for number, entry in left["state"].items():
+        same = right["state"][number]
+        assert entry.keys() == same.keys()
+        moments, others = entry["__bnb_optimizer_quant_state__"], same["__bnb_optimizer_quant_state__"]
+        assert {k: (v.shape, v.dtype) for k, v in moments.items()} == {k: (v.shape, v.dtype) for k, v in others.items()}
+
+
+def test_moments_put_in_by_hand_count() -> None:
+    """Catches a step that goes on with the moments it laid out, when the state holds other tensors by now."""
+    one, other = Run(bitsandbytes_own), Run(ours)
+    for run in (one, other):
+        run.step(3)
+        for p in run.parameters[3:6]:
+            state = run.optimizer.state[p]
+            state["state1"] = state["state1"].clone().zero_()
+        run.optimizer.state[run.parameters[7]].clear()
+        run.step(3)
+    assert_same(one, other)
+
+
+def test_a_copied_state_is_its_own() -> None:
+    """Catches a deep copy that shares memory with the optimizer."""
+    run = Run(ours)
+    run.step(2)
+    kept = copy.deepcopy(run.optimizer.state_dict()["state"])
+    before = [copy.deepcopy(entry) for entry in kept.values()]
+    run.step(2)
+    for entry, old in zip(kept.values(), before, strict=True):
+        for name, value in entry["__bnb_optimizer_quant_state__"].items():
+            assert torch.equal(value, old["__bnb_optimizer_quant_state__"][name])
+
+
+def test_hundreds_of_parameters_take_few_calls(calls: list[tuple[int, torch.dtype]]) -> None:
+    """Catches a return to an update a parameter."""
+    matrices = [nn.Parameter(torch.randn(16, 300)) for _ in range(200)]
+    vectors = [nn.Parameter(torch.randn(300)) for _ in range(200)]
+    optimizer = AdamW8bit([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}])
+    for _ in range(3):
+        for p in matrices + vectors:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    assert sizes(calls) == 3 * [200 * 512] + 3 * [200 * 4864]
+    calls.clear()
+    matrices[100].grad = None
+    optimizer.step()
+    assert sizes(calls) == [200 * 512, 99 * 4864, 100 * 4864]
+    calls.clear()
+    matrices[100].grad = torch.ones_like(matrices[100])
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+    assert sizes(calls) == [4800, 200 * 512, 199 * 4864], "the one that is a step behind lies at the end"
+
+
+def test_large_parameters_are_updated_where_they_lie(
+    calls: list[tuple[int, torch.dtype]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches buffers as large as the largest parameter, and moments moved that need not be."""
+    monkeypatch.setattr(optimizer, "CHUNK", 1 << 14)
+    parameters = [nn.Parameter(torch.randn(n)) for n in (5000, 100_000, 6000, 1 << 14)]
+    adam = AdamW8bit(parameters)
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    adam.step()
+    assert sizes(calls) == [5120 + 6144, 1 << 14, 100_000]
+    assert adam.state[parameters[1]]["state1"].untyped_storage().nbytes() == 100_000
+
+
+@pytest.mark.usefixtures("calls")
+def test_what_does_not_lie_in_one_piece() -> None:
+    """Catches transposed weights and gradients read in the order of their memory, in a chunk or alone."""
+    results = []
+    for make in (bitsandbytes_own, ours):
+        torch.manual_seed(0)
+        drawn = torch.randn(64, 100).t(), torch.randn(70, 90), torch.randn(100, 64), torch.randn(64, 100).t()
+        a, b, c, d, e = (nn.Parameter(t) for t in (*drawn, torch.randn(5000)))
+        adam = make([{"params": [a, b, e]}, {"params": [c]}, {"params": [d]}])
+        for _ in range(3):
+            a.grad, b.grad, e.grad = torch.randn(100, 64), torch.randn(90, 70).t(), torch.randn(5000)
+            c.grad, d.grad = torch.randn(64, 100).t(), torch.randn(100, 64)
+            adam.step()
+            for p in (b, c):
+                p.data = p.data.t().contiguous().t()
+        results.append([p.detach().clone() for p in (a, b, c, d, e)])
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+def test_bitsandbytes_overrides_hold() -> None:
+    """Catches embeddings with 8-bit moments: transformers has them kept in 32 bits, in this way."""
+    states = []
+    for make in (bitsandbytes_own, ours):
+        torch.manual_seed(0)
+        embedding, linear = nn.Embedding(100, 64), nn.Linear(64, 100)
+        adam = make([{"params": [embedding.weight, linear.weight, linear.bias]}])
+        manager = GlobalOptimManager.get_instance()
+        manager.register_module_override(embedding, "weight", {"optim_bits": 32, "lr": 0.5})
+        manager.index2config[0, 2] = {"lr": 0.25}
+        for _ in range(3):
+            for p in (embedding.weight, linear.weight, linear.bias):
+                p.grad = torch.full_like(p, 0.1)
+            adam.step()
+        states.append([embedding.weight, linear.weight, linear.bias, adam.state[embedding.weight]["state1"]])
+    assert states[1][3].dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+def test_a_limit_on_the_update_s_norm_is_each_parameter_s_own() -> None:
+    """Catches max_unorm, which is per parameter, applied to a chunk."""
+    results = []
+    for make in (bitsandbytes_own, ours):
+        torch.manual_seed(0)
+        parameters = [nn.Parameter(torch.randn(100) * scale) for scale in (1, 0.01, 3)]
+        GlobalOptimManager.get_instance().override_config(parameters, "max_unorm", 0.02)
+        adam = make([{"params": parameters, "lr": 0.5}])
+        for _ in range(3):
+            for p in parameters:
+                p.grad = torch.ones_like(p)
+            adam.step()
+        results.append([p.detach().clone() for p in parameters])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_parameter_changed_to_another_dtype(calls: list[tuple[int, torch.dtype]]) -> None:
+    """Catches weights in bf16 that are updated, and rounded, by the kernel for fp32."""
+    results = []
+    for make in (bitsandbytes_own, ours):
+        torch.manual_seed(0)
+        layers = nn.Sequential(nn.Linear(80, 90), nn.Linear(80, 90))
+        adam = make([{"params": list(layers.parameters())}])
+        for dtype in (torch.float32, torch.float32, torch.bfloat16, torch.bfloat16):
+            layers.zero_grad()
+            layers.to(dtype)
+            for p in layers.parameters():
+                p.grad = torch.randn_like(p)
+            calls.clear()
+            adam.step()
+            assert {seen for _, seen in calls} == {dtype}
+        results.append(list(layers.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_closures_hooks_and_new_groups() -> None:
+    """Catches what torch promises of every optimizer: the closure's loss, hooks run once, groups added later."""
+    first, second = nn.Parameter(torch.ones(5000)), nn.Parameter(torch.ones(5000))
+    adam = AdamW8bit([first])
+    hooked: list[Any] = []
+    adam.register_step_pre_hook(lambda *_: hooked.append(0))
+
+    def closure() -> Tensor:
+        adam.zero_grad()
+        loss = (first * second).sum()
+        loss.backward()
+        return loss
+
+    assert adam.step(closure) == 5000
+    adam.add_param_group({"params": [second], "lr": 0.5})
+    adam.step(closure)
+    assert hooked == [0, 0]
+    assert second[0].item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_made_like_bitsandbytes_own() -> None:
+    """Catches settings that do not come over from the optimizer that is replaced."""
+    p, q = nn.Parameter(torch.ones(3000)), nn.Parameter(torch.ones(3))
+    groups = [{"params": [p], "weight_decay": 0.3}, {"params": [q], "lr": 7.0}]
+    own = AdamW(groups, lr=0.1, betas=(0.5, 0.6), eps=1e-3, weight_decay=0.2, optim_bits=8, min_8bit_size=2000)
+    made = AdamW8bit.like(own)
+    assert made.param_groups == own.param_groups
+    assert made.defaults == own.defaults
+    assert vars(made.args) == vars(own.args)
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "adamw_bnb_8bit"])
+def test_a_trainer_uses_it(name: str, make: Callable[..., Any], tmp_path: Path) -> None:
+    """Catches a trainer that goes back to bitsandbytes', or whose steps are not those of bitsandbytes' optimizer."""
+    trainer = make(args=whet.TrainingArguments(**common(tmp_path, optim=name, weight_decay=0.1, learning_rate=1e-2)))
+    trainer.train()
+    assert type(trainer.optimizer.optimizer) is AdamW8bit
+
+    own = make(args=whet.TrainingArguments(**common(tmp_path, optim=name, weight_decay=0.1, learning_rate=1e-2)))
+    own.optimizer = trl.SFTTrainer.create_optimizer(own)
+    own.train()
+    assert type(own.optimizer.optimizer) is AdamW
+    pairs = list(zip(_trained(trainer.model), _trained(own.model), strict=True))
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert torch.uint8 in {state["state1"].dtype for state in trainer.optimizer.optimizer.state.values()}
+
+
+@pytest.mark.parametrize("name", ["paged_adamw_8bit", "adamw_torch", "lion_8bit"])
+def test_other_optimizers_stay_as_they_are(name: str, make: Callable[..., Any], tmp_path: Path) -> None:
+    trainer = make(args=whet.TrainingArguments(**common(tmp_path, optim=name)))
+    assert not isinstance(trainer.create_optimizer(), AdamW8bit)
+
+
+def test_a_model_of_another_s_keeps_bitsandbytes(make: Callable[..., Any], tmp_path: Path) -> None:
+    trainer = make(args=whet.TrainingArguments(**common(tmp_path, optim="adamw_8bit")))
+    trainer.model = nn.Linear(3, 3)
+    assert type(trainer.create_optimizer()) is AdamW
+
+
+def test_an_optimizer_of_one_s_own_is_kept(make: Callable[..., Any], tmp_path: Path) -> None:
+    """Catches an optimizer that was handed to the trainer and is replaced."""
+    trainer = make(args=whet.TrainingArguments(**common(tmp_path, optim="adamw_8bit")))
+    own = trainer.optimizer = bitsandbytes_own([{"params": [nn.Parameter(torch.ones(3))]}])
+    assert trainer.create_optimizer() is own
+
+
+def test_trained_embeddings_keep_moments_of_32_bits(make: Callable[..., Any], tmp_path: Path) -> None:
+    """Catches losing what transformers tells bitsandbytes once the optimizer is made."""
+    trainer = make(args=whet.TrainingArguments(**common(tmp_path, optim="adamw_8bit")))
+    embedding = trainer.model.get_input_embeddings()
+    embedding.weight.requires_grad_(True)
+    optimizer = trainer.create_optimizer()
+    embedding.weight.grad = torch.ones_like(embedding.weight)
+    optimizer.step()
+    assert type(optimizer) is AdamW8bit
+    assert optimizer.state[embedding.weight]["state1"].dtype == torch.float32
+
+
+def _trained(model: nn.Module) -> Iterator[Tensor]:
+    return (p for p in model.parameters() if p.requires_grad)
