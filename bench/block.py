@@ -2,7 +2,7 @@
 
     python bench/block.py --model 8b --out bench/results/block.jsonl all,2x2048x4 most+host,8x2048x1
 
-A setting is POLICY[+host],ROWSxLENGTHxPASSES[,tile=N]: what layers keep (models/activations.py),
+A setting is POLICY[+host],ROWSxLENGTHxPASSES[,tile=N][,fp8=1]: what layers keep (models/activations.py),
 and how many rows of how many tokens go through the model at once, how many times a step. One JSON line a setting.
 """
 
@@ -46,7 +46,7 @@ def configure(model: Any, setting: str) -> tuple[int, int, int]:
     shared.policy = replace(getattr(activations, name.upper()), offload=where == "host")
     shared.host = None
     values = dict(option.split("=") for option in options)
-    shared.tile = int(values.get("tile", fused.TILE))
+    shared.tile, shared.fp8 = int(values.get("tile", fused.TILE)), bool(int(values.get("fp8", 0)))
     rows, length, passes = map(int, sizes.split("x"))
     return rows, length, passes
 

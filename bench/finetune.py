@@ -50,6 +50,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--packing", action="store_true", help="pack rows up to --seq")
     parser.add_argument("--run-id", default=None, help="the same for all runs of one command, which may be compared")
     parser.add_argument("--out", type=Path, default=None, help="a .jsonl file to append the line to")
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        default=None,
+        help="a folder for ENGINE.json: two more steps, profiled",
+    )
     parser.add_argument("--models", type=Path, default=Path("build/bench-models"), help="where made models are kept")
     args = parser.parse_args()
     if not 0 <= args.warm < args.steps:
@@ -143,12 +149,17 @@ ENGINES: dict[str, tuple[str, Callable[[Path, argparse.Namespace, Any], Loaded]]
 }
 
 
+def steps(args: argparse.Namespace) -> int:
+    """All steps, with those that are profiled after the others."""
+    return args.steps + (0 if args.trace is None else 2)
+
+
 def rows(args: argparse.Namespace, vocabulary: int) -> list[list[int]]:
     """Random token ids, the same for every engine; lengths log-normal where they are mixed."""
     import torch
 
     draw = torch.Generator().manual_seed(1)
-    count = args.bs * args.ga * args.steps
+    count = args.bs * args.ga * steps(args)
     if not args.mixed:
         return torch.randint(3, vocabulary, (count, args.seq), generator=draw).tolist()
     count *= 8 if args.packing else 1  # packed rows hold several
@@ -186,8 +197,8 @@ def meter() -> Any:
     return Meter()
 
 
-def train(model: Any, tokenizer: Any, args: argparse.Namespace) -> Any:
-    """Run the steps and return their meter."""
+def train(model: Any, tokenizer: Any, args: argparse.Namespace) -> tuple[Any, Any]:
+    """Run the steps and return their meter, and with --trace the recorder of the profiled ones."""
     import torch
     from datasets import Dataset
 
@@ -199,7 +210,7 @@ def train(model: Any, tokenizer: Any, args: argparse.Namespace) -> Any:
     settings: dict[str, Any] = {
         "per_device_train_batch_size": args.bs,
         "gradient_accumulation_steps": args.ga,
-        "max_steps": args.steps,
+        "max_steps": steps(args),
         "learning_rate": 2e-4,
         "bf16": cuda,
         "use_cpu": not cuda,
@@ -219,17 +230,21 @@ def train(model: Any, tokenizer: Any, args: argparse.Namespace) -> Any:
         settings["gradient_checkpointing"] = args.gc != "off"
         settings["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
         settings["use_liger_kernel"] = args.engine == "hf-liger"
-    measured = meter()
+    measured, recorded = meter(), None
+    if args.trace is not None:
+        from timeline import recorder
+
+        recorded = recorder(after=args.steps)
     with tempfile.TemporaryDirectory() as folder:
         trainer = SFTTrainer(
             model=model,
             processing_class=tokenizer,
             train_dataset=Dataset.from_dict({"input_ids": rows(args, len(tokenizer))}),
             args=SFTConfig(output_dir=folder, **settings),
-            callbacks=[measured],
+            callbacks=[measured] if recorded is None else [measured, recorded],
         )
         trainer.train()
-    return measured
+    return measured, recorded
 
 
 def result(args: argparse.Namespace) -> dict[str, Any]:
@@ -251,20 +266,28 @@ def result(args: argparse.Namespace) -> dict[str, Any]:
     load_peak = torch.cuda.max_memory_allocated() / GIB if cuda else None
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    measured = train(model, tokenizer, args)
-    timed = measured.seconds[args.warm :]
-    real = measured.tokens[-1] - measured.tokens[args.warm]
+    measured, recorded = train(model, tokenizer, args)
+    timed = measured.seconds[args.warm : args.steps]
+    real = measured.tokens[args.steps] - measured.tokens[args.warm]
     where = origin()
     if args.engine == "whet":
         import whet
 
         where["versions"]["whet"] = whet.__version__
     names = ("bs", "ga", "seq", "steps", "warm", "gc", "gpu_memory", "bits", "r", "full", "mixed", "packing")
-    return {
-        "kind": "finetune",
+    run = {
         "run_id": args.run_id,
         "engine": args.engine,
         "work": {"model": folder.name, **{name: getattr(args, name) for name in names}},
+    }
+    if recorded is not None:
+        facts = {"vocabulary": model.config.get_text_config().vocab_size, "timed_ms": round(median(timed) * 1e3, 3)}
+        args.trace.mkdir(parents=True, exist_ok=True)
+        path = args.trace / f"{args.engine}.json"
+        path.write_text(json.dumps({**run, **facts, **recorded.trace(), **where}), encoding="utf-8")
+    return {
+        "kind": "finetune",
+        **run,
         # rows of unequal length say little by their padded size
         "tok_s": None if args.mixed else round(args.bs * args.ga * args.seq / median(timed), 1),
         "real_tok_s": round(real / sum(timed), 1),
@@ -275,7 +298,7 @@ def result(args: argparse.Namespace) -> dict[str, Any]:
         "peak_allocated_gib": _gib(torch.cuda.max_memory_allocated() / GIB if cuda else None),
         "peak_reserved_gib": _gib(torch.cuda.max_memory_reserved() / GIB if cuda else None),
         "peak_host_gib": _gib(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB),
-        "losses": measured.losses,
+        "losses": measured.losses[: args.steps],
         **where,
     }
 

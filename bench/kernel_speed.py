@@ -340,6 +340,32 @@ def linear_log_probs(s: Sizes, on: Device) -> Work:
     )
 
 
+def logits_gradient(s: Sizes, on: Device) -> Work:
+    from whet.kernels import cross_entropy
+
+    cuda = on.name == "cuda"
+    differentiate = cross_entropy.logits_gradient_triton if cuda else cross_entropy.logits_gradient_reference
+    first = on.normal(s.chunk, s.V, std=2.0)
+    logits, labels = first.clone(), torch.randint(s.V, (s.chunk,), device=on.name)
+    lse, upstream = (torch.ones(s.chunk, device=on.name) for _ in range(2))
+    run = partial(differentiate, logits, labels, lse, upstream, 0)
+    return Work(run, [logits, labels, lse, upstream], [logits], restore=lambda: logits.copy_(first))
+
+
+def linear_log_probs_weight_grad(s: Sizes, on: Device) -> Work:
+    from whet.kernels.cross_entropy import linear_log_probs_weight_grad
+
+    h, weight = on.normal(s.head_rows, s.D), on.normal(s.V, s.D, std=s.D**-0.5)
+    labels = torch.randint(s.V, (s.head_rows,), device=on.name)
+    lse, upstream = (torch.ones(s.head_rows, device=on.name) for _ in range(2))
+    return Work(
+        lambda: linear_log_probs_weight_grad(h, weight, labels, lse, upstream),
+        [h, weight, labels, lse, upstream],
+        [unallocated(weight)],
+        2 * 2 * s.head_rows * s.V * s.D,
+    )
+
+
 # ------------------------------------------------------------------ LoRA's own products (cuBLAS)
 
 
@@ -428,6 +454,8 @@ def cases(s: Sizes, tokens: Sequence[int], on: Device) -> list[Case]:
             add(lora_da, f"K={K}, r={rank}", T, T, K, rank)
     add(log_probs_of_logits, f"V={s.V}", s.chunk)
     add(linear_log_probs, f"D={s.D}, V={s.V}", s.head_rows)
+    add(logits_gradient, f"V={s.V}", s.chunk)
+    add(linear_log_probs_weight_grad, f"D={s.D}, V={s.V}", s.head_rows)
     return found
 
 

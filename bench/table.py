@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from timeline import CATEGORIES
+
 Line = dict[str, Any]
 MARKERS = re.compile(r"<!-- bench:(?P<name>[\w-]+) -->\n.*?<!-- /bench:(?P=name) -->", re.DOTALL)
 OPENING = re.compile(r"<!-- bench:[\w-]+ -->")
@@ -148,6 +150,12 @@ def accuracy_row(line: Line, lines: list[Line]) -> list[str]:
     return [line["family"], line["base"], *map(cell, ("loss", "logits", "gradients")), *where(line)]
 
 
+def trace_row(line: Line, lines: list[Line]) -> list[str]:
+    shares = [f"{line['ms'][name]:,.1f}" for name in CATEGORIES]
+    steps = [f"{line[name]:,.1f}" for name in ("timed_ms", "wall_ms")]
+    return [work(line["work"]), line["engine"], *steps, *shares, f"{line['launches']:,}", *where(line)]
+
+
 def where(line: Line) -> list[str]:
     """Hardware, versions (with whet's commit) and date."""
     versions = [f"{name} {line['versions'][name]}" for name in NAMED if name in line["versions"]]
@@ -203,6 +211,18 @@ KINDS: dict[str, tuple[list[str], Row]] = {
             *ORIGIN,
         ],
         kernels_row,
+    ),
+    "trace": (
+        [
+            "work",
+            "engine",
+            "ms a step, timed",
+            "ms of the traced step",
+            *CATEGORIES,
+            "launches",
+            *ORIGIN,
+        ],
+        trace_row,
     ),
     "blocks": (["type", "Gaussian", "heavy tails (Student t, 3 degrees)", *ORIGIN], blocks_row),
     "parity": (["family", "base", "against", "loss", "logits", "gradients", *ORIGIN], parity_row),

@@ -158,9 +158,9 @@ def test_the_reference_of_an_nf4_base_has_the_values_its_bits_stand_for(
 def test_a_layer_without_the_fused_block_is_refused(
     accuracy: Any, size: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Catches a line that says whet and measured transformers: here each batch has padding, which needs a mask."""
+    """Catches a line that says whet and measured transformers: here padding at the left needs a mask."""
     documents = [torch.arange(3, 3 + length) for length in (20, 12)]
-    monkeypatch.setattr(accuracy, "batches", lambda size: iter([harness.padded(documents)]))
+    monkeypatch.setattr(accuracy, "batches", lambda size: iter([harness.padded(documents, side="left")]))
     with pytest.raises(accuracy.NotFused, match="0 of 2 layer passes"):
         accuracy.measure("llama", "bf16", size, "cpu")
 

@@ -64,3 +64,38 @@ def test_steps_that_leave_nothing_to_time_are_refused() -> None:
     done = finetune("--engine", "whet", "--steps", "3", "--warm", "3")
     assert done.returncode == 2
     assert "--warm must leave" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A run with --trace: its line, and the file of the profiled step."""
+    folder = tmp_path_factory.mktemp("trace")
+    shape = ["--bs", "2", "--ga", "2", "--seq", "32", "--steps", "2", "--warm", "1", "--run-id", "test"]
+    done = finetune("--engine", "whet", *shape, "--models", str(folder / "models"), "--trace", str(folder / "traces"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout), json.loads((folder / "traces" / "whet.json").read_text())
+
+
+def test_profiled_steps_come_on_top_of_the_timed_ones(traced: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    """Catches figures that hold the profiler's own time."""
+    line, trace = traced
+    assert line.keys() == FIELDS
+    assert len(line["losses"]) == 2
+    assert line["step_s"]["min"] == line["step_s"]["max"]  # of the one step after the warm one
+    assert line["real_tok_s"] == pytest.approx(2 * 2 * 32 / line["step_s"]["median"], rel=0.01)
+    assert trace["timed_ms"] == pytest.approx(line["step_s"]["median"] * 1e3, abs=0.1)
+
+
+def test_the_trace_is_of_one_step(traced: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    """Catches a trace of no step, of two, or of the work between steps; and one that nobody can place."""
+    line, trace = traced
+    assert {name: trace[name] for name in ("run_id", "engine", "work")} == {
+        name: line[name] for name in ("run_id", "engine", "work")
+    }
+    assert 0 < trace["busy_us"] <= trace["wall_us"] < 20 * trace["timed_ms"] * 1e3
+    counts: dict[str, int] = {}
+    for kernel in trace["kernels"]:
+        counts[kernel["name"]] = counts.get(kernel["name"], 0) + kernel["count"]
+    assert counts["LinearLogProbs"] == 2  # once a micro-batch
+    products = [k for k in trace["kernels"] if k["name"] == "aten::mm" and k["dims"]]
+    assert any(trace["vocabulary"] in sizes for k in products for sizes in k["dims"])

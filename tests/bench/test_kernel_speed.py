@@ -29,7 +29,7 @@ from whet.kernels._triton import HAVE_TRITON
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "bench" / "kernel_speed.py"
 # of the kernels' files: they launch nothing, or once for a model
-HELPERS = {"chunk_rows", "kernel_takes", "stack", "supported", "takes", "weight_scales"}
+HELPERS = {"chunk_rows", "lay_out", "kernel_takes", "stack", "supported", "takes", "weight_scales"}
 
 
 def load(name: str) -> ModuleType:
@@ -81,7 +81,7 @@ def test_cases_can_be_told_apart() -> None:
     assert len(set(names)) == len(names)
     assert {4096, 16384, None} <= {tokens for *_, tokens in names}
     by_tokens = [sorted(kernel for kernel, _, tokens in names if tokens == T) for T in (4096, 16384)]
-    assert set(by_tokens[0]) - {"linear_log_probs"} == set(by_tokens[1])
+    assert set(by_tokens[0]) - {"linear_log_probs", "linear_log_probs_weight_grad"} == set(by_tokens[1])
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.kernel} {case.shape}")
@@ -135,6 +135,8 @@ LORA = (T, 64, 16)
         ("attention_backward", "", 2 * T * W + 2 * T * 64, LSE, 5 * 2 * 16 * 4 * 2 * (32 * 33 // 2)),
         ("log_probs_of_logits", "", 2 * 4 * 100, 4 * (8 + 4 + 4 + 1), 0),
         ("linear_log_probs", "", 2 * 8 * 64 + 100 * 64, 8 * (8 + 4 + 4 + 1), 2 * 2 * 8 * 100 * 64),
+        ("logits_gradient", "", 2 * 4 * 100, 4 * (8 + 4 + 4), 0),
+        ("linear_log_probs_weight_grad", "", 8 * 64 + 2 * 100 * 64, 8 * (8 + 4 + 4), 2 * 2 * 8 * 100 * 64),
         ("lora_xa", "K=128", T * 128 + 16 * 128 + T * 16, 0, 2 * T * 128 * 16),
         ("lora_dyb", "N=256", T * 256 + 256 * 16 + T * 16, 0, 2 * T * 256 * 16),
         ("lora_db", "N=128", T * 128 + T * 6, 128 * 6 * 4, 2 * T * 128 * 6),

@@ -179,6 +179,23 @@ def test_a_kernel_that_failed_is_in_the_table(repository: Path) -> None:
     assert len(failed) == len(fine)
 
 
+def test_a_trace_shows_all_of_a_step(repository: Path) -> None:
+    """Catches a share under another one's heading, and a traced step taken for a timed one."""
+    shares = ["base GEMMs", "LoRA GEMMs", "head GEMM", "attention", "dequantization", "norms", "rope", "activation"]
+    shares += ["loss", "copies and fills", "optimizer", "other elementwise", "other", "idle"]
+    ms = {name: 10.0 * number for number, name in enumerate(shares)}
+    one = line("whet", 1.0, kind="trace", wall_ms=sum(ms.values()), timed_ms=899.96, launches=4331, ms=ms)
+    write(repository, one)
+    done = table(repository)
+    assert done.returncode == 0, done.stderr
+    rows = [row for row in (repository / "README.md").read_text().splitlines() if row.startswith("|")]
+    header, _, cells = ([cell.strip() for cell in row.strip("|").split("|")] for row in rows)
+    row = dict(zip(header, cells, strict=True))
+    assert {name: float(row[name]) for name in shares} == ms
+    expected = {"engine": "whet", "ms a step, timed": "900.0", "ms of the traced step": "910.0", "launches": "4,331"}
+    assert row.items() >= expected.items()
+
+
 @pytest.mark.parametrize(
     ("readme", "results", "message"),
     [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from whet.kernels.extend import extend, extend_reference, extend_triton
+from whet.kernels.extend import extend, extend_reference, extend_triton, lay_out
 
 PARTS = [((5, 3),), ((7, 2), (9, 4), (4, 1)), ((70, 16), (33, 8)), ((3, 0), (6, 4))]
 
@@ -47,3 +47,16 @@ def test_the_kernel_lays_out_what_the_reference_does(parts: tuple, columns: int)
     extend_reference(expected, downs, ups, scales, rows, columns)
     extend_triton(got, downs, ups, scales, rows, columns)
     torch.testing.assert_close(got, expected, equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_borders_alone_are_those_beside_a_weight(parts: tuple, bias: bool) -> None:
+    """Catches borders that differ when the weight is held apart from them."""
+    rows, downs, ups, scales, e = case(parts, columns=11, width=32)
+    b = torch.randn(rows, generator=torch.Generator().manual_seed(1)) if bias else None
+    extend(e, downs, ups, scales, rows, 11, b)
+    down, up = torch.full((32, 11), float("nan")), torch.full((rows, 32), float("nan"))
+    lay_out(down, up, downs, ups, scales, b)
+    assert torch.equal(down, e[rows:, :11])
+    assert torch.equal(up, e[:rows, 11:])

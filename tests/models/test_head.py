@@ -155,6 +155,15 @@ def test_a_batch_without_a_label_gives_zeros_and_zero_gradients() -> None:
     assert all(g is not None and not g.any() for g in gradients)
 
 
+def test_a_batch_without_a_label_trains_the_head_by_zero() -> None:
+    """Catches a gradient of the head that is whatever lay in memory."""
+    model = with_heads(small("LlamaForCausalLM"))
+    model.lm_head.weight.requires_grad_(True)
+    model(**batch(labelled=0.0), fused_lm_head=True).loss.backward()
+    assert model.lm_head.weight.grad is not None
+    assert not model.lm_head.weight.grad.any()
+
+
 def test_the_gradient_in_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches rows whose gradient goes to another position, or is not scaled by its own upstream gradient."""
     monkeypatch.setattr(head, "BACKWARD_ROWS", 3)
@@ -164,6 +173,95 @@ def test_the_gradient_in_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
     labels = torch.tensor([0, 10, 4, 4, 2])
     bias = torch.randn(11, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda h: LinearLogProbs.apply(h, rows, weight, labels, bias, 2.0, 0.7, True)[0], h)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_gradient_of_a_trained_head_in_fp64(biased: bool) -> None:
+    """Catches rows of h that pair with another row's label, upstream gradient or lse; each row has its own weight."""
+    generator = torch.Generator().manual_seed(0)
+    h, weight, bias, upstream = (
+        torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((9, 5), (11, 5), (11,), (5,))
+    )
+    rows = torch.tensor([7, 0, 3, 8, 1])
+    labels = torch.tensor([0, 10, 4, 4, 2])
+
+    def loss(h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return LinearLogProbs.apply(h, rows, weight, labels, bias, 2.0, 0.7, True)[0] * upstream
+
+    leaves = [x.requires_grad_() for x in ((h, weight, bias) if biased else (h, weight))]
+    assert torch.autograd.gradcheck(loss, leaves)
+    whole = torch.autograd.grad(loss(*leaves).sum(), leaves)
+    for i in range(len(leaves)):  # one of them alone
+        alone = [x.detach().requires_grad_(i == j) for j, x in enumerate(leaves)]
+        (gradient,) = torch.autograd.grad(loss(*alone).sum(), alone[i])
+        assert torch.equal(gradient, whole[i])
+
+
+def test_gradients_taken_twice_are_the_same() -> None:
+    """Catches a backward pass that writes into what it kept."""
+    h, weight = torch.randn(6, 32, requires_grad=True), torch.randn(90, 32, requires_grad=True)
+    log_probs, *_ = LinearLogProbs.apply(h, torch.arange(6), weight, torch.arange(6), None, None, 1.0, True)
+    first = torch.autograd.grad(log_probs.sum(), (h, weight), retain_graph=True)
+    again = torch.autograd.grad(log_probs.sum(), (h, weight))
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_weight_that_changed_before_the_backward_pass_is_an_error() -> None:
+    """Catches logits made again from another weight than the loss was."""
+    h, weight = torch.randn(6, 32), torch.randn(90, 32, requires_grad=True)
+    log_probs, *_ = LinearLogProbs.apply(h, torch.arange(6), weight, torch.arange(6), None, None, 1.0, True)
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        log_probs.sum().backward()
+
+
+def test_a_frozen_head_keeps_no_rows_of_h() -> None:
+    """Catches memory and time spent for a gradient that nobody asked for."""
+    kept: list[int] = []
+
+    def count(x: torch.Tensor) -> torch.Tensor:
+        kept.append(x.numel() if x.is_floating_point() else 0)
+        return x
+
+    h, weight = torch.randn(6, 32, requires_grad=True), torch.randn(90, 32)
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+        LinearLogProbs.apply(h, torch.arange(6), weight, torch.arange(6), None, None, 1.0, True)
+    assert sum(kept) == 6 * 32
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_evaluation_pays_for_no_gradient(grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an evaluation that computes gradients because the weights want them."""
+    asked: list[Any] = []
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        asked.append((kwargs["need_grad"], kwargs["need_lse"]))
+        return linear_log_probs(*args, **kwargs)
+
+    linear_log_probs = head.linear_log_probs
+    monkeypatch.setattr(head, "linear_log_probs", recorded)
+    model = with_heads(small("LlamaForCausalLM")).requires_grad_(True)
+    with torch.set_grad_enabled(grad):
+        model(**batch(), fused_lm_head=True)
+    assert asked == [(grad, grad)]
+
+
+def test_a_trained_head_under_autocast() -> None:
+    """fp32 weights, the product in bf16. Catches gradients in another dtype than their weight's, or far off."""
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(6, 32, generator=generator, requires_grad=True)
+    weight = torch.randn(90, 32, generator=generator, requires_grad=True)
+    bias = torch.randn(90, generator=generator, requires_grad=True)
+    rows = labels = torch.arange(6)
+    with torch.autocast("cpu", torch.bfloat16):
+        log_probs, *_ = LinearLogProbs.apply(h, rows, weight, labels, bias, None, 1.0, True)
+    found = torch.autograd.grad(log_probs.sum(), (h, weight, bias))
+    exact = torch.log_softmax(h @ weight.T + bias, -1)[rows, labels]
+    for ours, truth in zip(found, torch.autograd.grad(exact.sum(), (h, weight, bias)), strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - truth).norm() <= 0.02 * truth.norm()
 
 
 def test_under_autocast_the_product_is_taken_in_its_dtype() -> None:
@@ -219,17 +317,15 @@ def test_a_copy_of_the_model_uses_its_own_weights() -> None:
     assert model(input_ids=inputs["input_ids"]).logits.any()
     found = other(**inputs, fused_lm_head=True)
     torch.testing.assert_close(found.loss, torch.tensor(90.0).log())
-    other.lm_head.weight.requires_grad_(True)  # TRL's head answers
+    other.lm_head.weight.requires_grad_(True)
+    other(**inputs, fused_lm_head=True).loss.backward()
+    assert other.lm_head.weight.grad.any()
+    assert model.lm_head.weight.grad is None
+    other.lm_head.__class__ = type("Head", (torch.nn.Linear,), {})  # TRL's head answers
     torch.testing.assert_close(other(**inputs, fused_lm_head=True).loss, torch.tensor(90.0).log())
 
 
 # ---------------------------------------------------------------- where TRL's head stays
-
-
-def trained_head() -> Any:
-    model = small("LlamaForCausalLM")
-    model.lm_head.weight.requires_grad_(True)
-    return model
 
 
 def unknown_class() -> Any:
@@ -259,7 +355,6 @@ def other_head() -> Any:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (trained_head, "the head is trained"),
         (unknown_class, "GPTNeoXForCausalLM may scale its logits"),
         (own_class, "LlamaForCausalLM may scale its logits"),
         (other_head, "the head is a Head, not a plain linear layer"),
@@ -301,11 +396,17 @@ def labelled_rows(labelled: float) -> Dataset:
 
 
 def step(
-    kind: Any, folder: Path, out: Path, labelled: float, lora: dict[str, Any] | None = None, **settings: Any
+    kind: Any, folder: Path, out: Path, labelled: float, lora: dict[str, Any] | str | None = None, **settings: Any
 ) -> tuple[float, dict[str, float], dict[str, torch.Tensor], Any]:
-    """Loss, metrics and gradients of one batch by trainer `kind`, in fp32, and the trainer."""
-    model, tokenizer = whet.FastLanguageModel.from_pretrained(str(folder), max_seq_length=64, load_in_4bit=False)
-    model = whet.FastLanguageModel.get_peft_model(model, r=4, **lora or {})
+    """Loss, metrics and gradients of one batch by trainer `kind`, in fp32, and the trainer.
+
+    lora: options of the adapter; "full" trains every weight instead.
+    """
+    model, tokenizer = whet.FastLanguageModel.from_pretrained(
+        str(folder), max_seq_length=64, load_in_4bit=False, full_finetuning=lora == "full"
+    )
+    if not isinstance(lora, str):
+        model = whet.FastLanguageModel.get_peft_model(model, r=4, **lora or {})
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at first, which would hide A's gradients
@@ -355,16 +456,59 @@ def test_the_trainer_s_numbers_are_those_of_trl_s_head(
         assert (our_gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
-def test_a_head_that_peft_trains_is_trained_by_trl_s(
-    tmp_path: Path, rows_seen: list[int], caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("llama", True), ("gemma2", True), ("gemma2", False)])
+@pytest.mark.parametrize("labelled", [1.0, 0.02])
+@pytest.mark.parametrize("settings", [{}, {"loss_type": "dft"}])
+def test_full_fine_tuning_gives_trl_s_numbers(
+    family: str,
+    tied: bool,
+    labelled: float,
+    settings: dict[str, Any],
+    tmp_path: Path,
+    rows_seen: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Catches a head in modules_to_save that silently gets no gradient."""
-    folder = write_checkpoint(tmp_path / "model", "llama")
-    with caplog.at_level(logging.INFO, logger="whet"):
-        *_, gradients, _ = step(whet.SFTTrainer, folder, tmp_path, 1.0, {"modules_to_save": ["lm_head"]})
+    """Catches a head without its gradient, and one that takes the place of a tied embedding's instead of adding to it.
+
+    dft weighs each row by its probability, so that its gradient is not that of the sum of the rows.
+    """
+    monkeypatch.setenv("CI", "1")
+    folder = write_checkpoint(tmp_path / "model", family, tie_word_embeddings=tied)
+    loss, metrics, gradients, _ = step(trl.SFTTrainer, folder, tmp_path, labelled, "full", **settings)
     assert not rows_seen
-    assert any("lm_head" in name and gradient.any() for name, gradient in gradients.items())
-    assert "computed by TRL's head" in caplog.text
+    our_loss, our_metrics, our_gradients, trainer = step(
+        whet.SFTTrainer, folder, tmp_path, labelled, "full", **settings
+    )
+    assert rows_seen == [int((torch.tensor(trainer.train_dataset["labels"])[:, 1:] != -100).sum())]
+    model = trainer.model
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+    assert our_loss == pytest.approx(loss, rel=1e-6)
+    assert our_metrics == pytest.approx(metrics, rel=1e-6)
+    assert our_gradients.keys() == gradients.keys() == dict(model.named_parameters()).keys()
+    for name, gradient in gradients.items():
+        assert gradient.any(), name
+        assert (our_gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+def test_a_head_in_modules_to_save_trains_as_by_trl_s(
+    tmp_path: Path, rows_seen: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a head in modules_to_save that silently gets no gradient, or whose frozen original makes the logits."""
+    monkeypatch.setenv("CI", "1")
+    folder = write_checkpoint(tmp_path / "model", "llama")
+    lora = {"modules_to_save": ["lm_head"]}
+    loss, _, gradients, _ = step(trl.SFTTrainer, folder, tmp_path, 1.0, lora)
+    assert not rows_seen
+    our_loss, _, our_gradients, trainer = step(whet.SFTTrainer, folder, tmp_path, 1.0, lora)
+    assert len(rows_seen) == 1
+    assert our_loss == pytest.approx(loss, rel=1e-6)
+    assert any("lm_head" in name and gradient.any() for name, gradient in our_gradients.items())
+    for name, gradient in gradients.items():
+        assert (our_gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+    wrapper = trainer.model.get_base_model().get_output_embeddings()
+    assert head._head(trainer.model.get_base_model()) is wrapper.modules_to_save["default"]
+    with trainer.model.disable_adapter():
+        assert head._head(trainer.model.get_base_model()) is wrapper.original_module
 
 
 def test_an_adapter_that_trl_makes_gets_our_head_too(tmp_path: Path, rows_seen: list[int]) -> None:

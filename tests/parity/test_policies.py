@@ -33,7 +33,7 @@ def test_every_policy_trains_as_transformers_does(
 
     monkeypatch.setattr(fused, "run", counted)
     assert harness.free_run(ours, theirs, steps=3).largest() <= 1e-5
-    assert len(layers) == 4, "full rows and packed documents go through the block, in both layers"
+    assert len(layers) == 6, "full, padded and packed rows go through the block, in both layers"
 
 
 def test_a_plan_may_differ_from_layer_to_layer(checkpoint: Callable[..., Path]) -> None:

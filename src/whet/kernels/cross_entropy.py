@@ -5,9 +5,18 @@
     entropy = logsumexp(z) - sum_v p_v z_v,   p = softmax(z)
     dh = d log_prob / d h = scale * ((1 - (z / c)^2) * (onehot(label) - p)) W    (without a soft cap, no middle factor)
 
-Rows are independent: a loss with gradient g_i for log_prob_i has gradient g_i * dh_i for h_i, so one pass gives both.
+    dW = sum_i g_i * scale * ((1 - (z_i / c)^2) * (onehot(label_i) - p_i)) h_i^T    (db: the same without h)
+
+g_i is the loss's gradient for log_prob_i.
+Rows are independent: the loss's gradient for h_i is g_i * dh_i, so one pass gives both.
 Rows go in chunks. A chunk's logits are a GEMM in the dtype of h; one kernel reads them for the statistics and again to
 overwrite them with the gradient (2 reads and 1 write of the logits in all); a second GEMM makes that rows of dh.
+
+dW sums over rows, each with a weight g_i that only the backward pass knows (dft weighs rows by their probability), so
+it cannot be made in that pass. `linear_log_probs_weight_grad` makes the logits once more, from lse: with it no
+sum over the vocabulary is left, so that the chunks may be of the vocabulary, each with all rows. A chunk's rows of dW
+are then one GEMM over all rows, rounded once. Chunks of rows would need dW in fp32 beside the one in 16 bits (1 GB at
+V=128256, D=2048), read and written for every chunk, which takes longer than the third product that they would save.
 
 All but the GEMMs in fp32 (in fp64 for fp64 inputs). Source: the online softmax of Milakov & Gimelshein 2018,
 arXiv:1805.02867; entropy from the sums of exp(z - m) and of exp(z - m) (z - m), both kept at the running maximum m.
@@ -26,6 +35,7 @@ from whet.kernels._triton import HAVE_TRITON, jit, tl, triton
 CHUNK_BYTES = 128 << 20
 ROWS = 128  # chunks are multiples of it, which GEMM tiles divide
 LEAST_ROWS = 256  # with fewer rows a chunk's GEMMs wait for W from memory
+LEAST_COLUMNS = 1024  # of dW's chunks: with fewer they wait for h, and dW's GEMM has too few tiles for all cores
 ALIGNED = (
     64  # elements; the width of the logits buffer is a multiple of it, so that every row can be read in wide loads
 )
@@ -38,6 +48,7 @@ class LogProbs(NamedTuple):
     entropy_N: torch.Tensor
     is_top1_N: torch.Tensor  # bool: the label is the first of the largest logits, as argmax counts
     dh_ND: torch.Tensor | None  # gradient of log_probs_N[i] with respect to h_ND[i]
+    lse_N: torch.Tensor | None = None  # logsumexp(z)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -63,8 +74,11 @@ def log_probs_of_logits_reference(
     if softcap is not None:
         t_NV = torch.tanh(z_NV / softcap)
         z_NV = t_NV * softcap
-    out.is_top1_N.copy_(z_NV.argmax(-1) == labels_N)
+    top_N = z_NV.argmax(-1)
+    out.is_top1_N.copy_(top_N == labels_N)
     log_p_NV = torch.log_softmax(z_NV, -1)
+    if out.lse_N is not None:
+        out.lse_N.copy_((z_NV.gather(-1, top_N[:, None]) - log_p_NV.gather(-1, top_N[:, None]))[:, 0])
     out.log_probs_N.copy_(log_p_NV.gather(-1, labels_N[:, None])[:, 0])
     p_NV = log_p_NV.exp()
     out.entropy_N.copy_(log_p_NV.mul_(p_NV).sum(-1).neg_())
@@ -101,11 +115,13 @@ def _log_probs_kernel(
     log_prob_ptr,
     entropy_ptr,
     top1_ptr,
+    lse_ptr,
     row_stride,
     V,
     scale,
     softcap,
     HAS_SOFTCAP: tl.constexpr,
+    STORE_LSE: tl.constexpr,
     NEED_GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -144,6 +160,8 @@ def _log_probs_kernel(
     log_prob = (z_label - m) - tl.log(s)
     tl.store(log_prob_ptr + row, log_prob)
     tl.store(entropy_ptr + row, tl.log(s) - tl.sum(zs_B, axis=0) / s)
+    if STORE_LSE:
+        tl.store(lse_ptr + row, m + tl.log(s))
     beaten = tl.max(beaten_B, axis=0)
     tl.store(top1_ptr + row, (beaten == 0) & (log_prob == log_prob))
 
@@ -183,23 +201,105 @@ def log_probs_of_logits_triton(
         out.log_probs_N,
         out.entropy_N,
         out.is_top1_N,
+        out.lse_N,
         logits_NV.stride(0),
         V,
         float(scale),
         float(softcap or 1.0),
         HAS_SOFTCAP=softcap is not None,
+        STORE_LSE=out.lse_N is not None,
         NEED_GRAD=need_grad,
         BLOCK=block,
         num_warps=max(4, block // 512),
     )
 
 
-# ---------------------------------------------------------------- all rows
+# ---------------------------------------------------------------- the logits of some tokens, all rows
 
 
-def chunk_rows(rows: int, row_bytes: int, chunk_bytes: int) -> int:
+def logits_gradient_reference(
+    logits_NC: torch.Tensor,
+    labels_N: torch.Tensor,
+    lse_N: torch.Tensor,
+    upstream_N: torch.Tensor,
+    first: int,
+    *,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> None:
+    """Overwrite the logits of the tokens from `first` on with upstream_i * d log_prob_i / d logits."""
+    z_NC = logits_NC.to(_wide(logits_NC.dtype))
+    if scale != 1.0:
+        z_NC = z_NC * scale
+    if softcap is not None:
+        t_NC = torch.tanh(z_NC / softcap)
+        z_NC = t_NC * softcap
+    tokens_C = torch.arange(first, first + logits_NC.shape[1], device=labels_N.device)
+    d_NC = (labels_N[:, None] == tokens_C).to(z_NC.dtype) - (z_NC - lse_N[:, None]).exp()
+    if softcap is not None:
+        d_NC.mul_(1 - t_NC * t_NC)
+    logits_NC.copy_(d_NC.mul_((upstream_N * scale)[:, None]))
+
+
+@jit
+def _logits_gradient_kernel(
+    logits_ptr, labels_ptr, lse_ptr, upstream_ptr, row_stride, first, scale, softcap,
+    HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK columns of one row. Masked by the row stride, not by the width, as above."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < row_stride
+    label = tl.load(labels_ptr + row) - first
+    lse = tl.load(lse_ptr + row)
+    factor = tl.load(upstream_ptr + row) * scale
+    row_ptr = logits_ptr + row * row_stride
+    u = tl.load(row_ptr + columns, mask=mask, other=0.0).to(tl.float32) * scale
+    onehot = tl.where(columns == label, 1.0, 0.0)
+    if HAS_SOFTCAP:
+        t, slope = _tanh_parts(u / softcap)
+        grad = (onehot - tl.exp(t * softcap - lse)) * slope * factor
+    else:
+        grad = (onehot - tl.exp(u - lse)) * factor
+    tl.store(row_ptr + columns, grad.to(logits_ptr.dtype.element_ty), mask=mask)
+
+
+def logits_gradient_triton(
+    logits_NC: torch.Tensor,
+    labels_N: torch.Tensor,
+    lse_N: torch.Tensor,
+    upstream_N: torch.Tensor,
+    first: int,
+    *,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> None:
+    """As `logits_gradient_reference`. Columns of a row past C, up to its stride, may be overwritten too."""
+    N, C = logits_NC.shape
+    if N == 0:
+        return
+    block = min(4096, max(128, triton.next_power_of_2(C)))
+    _logits_gradient_kernel[(N, triton.cdiv(C, block))](
+        logits_NC,
+        labels_N,
+        lse_N,
+        upstream_N,
+        logits_NC.stride(0),
+        first,
+        float(scale),
+        float(softcap or 1.0),
+        HAS_SOFTCAP=softcap is not None,
+        BLOCK=block,
+        num_warps=max(4, block // 512),
+    )
+
+
+# ---------------------------------------------------------------- all of it
+
+
+def chunk_rows(rows: int, row_bytes: int, chunk_bytes: int, least: int = LEAST_ROWS) -> int:
     """Rows of a chunk: equal chunks, but for the last, of as many rows as `chunk_bytes` holds."""
-    most = max(LEAST_ROWS, chunk_bytes // row_bytes // ROWS * ROWS)
+    most = max(least, chunk_bytes // max(1, row_bytes) // ROWS * ROWS)
     chunks = max(1, -(-rows // most))
     return max(ROWS, -(-rows // (chunks * ROWS)) * ROWS)
 
@@ -213,28 +313,31 @@ def linear_log_probs(
     softcap: float | None = None,
     scale: float = 1.0,
     need_grad: bool = True,
+    need_lse: bool = False,
     chunk_bytes: int = CHUNK_BYTES,
     out: torch.Tensor | None = None,
 ) -> LogProbs:
     """Log-probability, entropy and rank of each row's label, and the gradient of the first with respect to h.
 
     labels_N: int64 in [0, V). A label outside gives NaN on a GPU and an error on a CPU.
+    need_lse: give lse_N too, for `linear_log_probs_weight_grad`.
     chunk_bytes: size of the logits buffer, unless 256 rows need more.
     out: takes dh; may be `h_ND` itself. Not used, and dh_ND is None, without `need_grad`.
     A weight in another dtype than h is cast whole. Autograd sees nothing of this.
     """
     N, V = h_ND.shape[0], weight_VD.shape[0]
-    fused = h_ND.is_cuda and HAVE_TRITON and h_ND.dtype != torch.float64
-    fold = log_probs_of_logits_triton if fused else log_probs_of_logits_reference
+    fold = log_probs_of_logits_triton if _fused(h_ND) else log_probs_of_logits_reference
     with torch.no_grad(), torch.autocast(h_ND.device.type, enabled=False):
         weight_VD = weight_VD.to(h_ND.dtype)
         labels_N = labels_N.contiguous()
         wide = _wide(h_ND.dtype)
+        lse_N = h_ND.new_empty(N, dtype=wide) if need_lse else None
         result = LogProbs(
             h_ND.new_empty(N, dtype=wide),
             h_ND.new_empty(N, dtype=wide),
             h_ND.new_empty(N, dtype=torch.bool),
             (torch.empty_like(h_ND) if out is None else out) if need_grad else None,
+            lse_N,
         )
         stride = -(-V // ALIGNED) * ALIGNED
         rows = chunk_rows(N, stride * h_ND.element_size(), chunk_bytes)
@@ -246,8 +349,67 @@ def linear_log_probs(
                 torch.mm(h_ND[part], weight_VD.T, out=logits_nV)
             else:
                 torch.addmm(bias.to(h_ND.dtype), h_ND[part], weight_VD.T, out=logits_nV)
-            statistics = LogProbs(result.log_probs_N[part], result.entropy_N[part], result.is_top1_N[part], None)
+            statistics = LogProbs(
+                result.log_probs_N[part],
+                result.entropy_N[part],
+                result.is_top1_N[part],
+                None,
+                None if lse_N is None else lse_N[part],
+            )
             fold(logits_nV, labels_N[part], statistics, softcap=softcap, scale=scale, need_grad=need_grad)
             if result.dh_ND is not None:
                 torch.mm(logits_nV, weight_VD, out=result.dh_ND[part])
     return result
+
+
+def linear_log_probs_weight_grad(
+    h_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    labels_N: torch.Tensor,
+    lse_N: torch.Tensor,
+    upstream_N: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    need_weight: bool = True,
+    need_bias: bool = False,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(dW, db) of a loss whose gradient for log_probs_N is `upstream_N`, in the dtypes of weight and bias.
+
+    Arguments as `linear_log_probs` took them, and the lse_N that it gave. Two products with the vocabulary.
+    chunk_bytes: size of the logits buffer, unless 1024 tokens need more. Autograd sees nothing of this.
+    """
+    N, V = h_ND.shape[0], weight_VD.shape[0]
+    differentiate = logits_gradient_triton if _fused(h_ND) else logits_gradient_reference
+    with torch.no_grad(), torch.autocast(h_ND.device.type, enabled=False):
+        dtype = h_ND.dtype
+        labels_N = labels_N.contiguous()
+        upstream_N = upstream_N.to(_wide(dtype)).contiguous()
+        dweight_VD = torch.empty_like(weight_VD, memory_format=torch.contiguous_format) if need_weight else None
+        dbias_V = torch.empty_like(bias) if need_bias and bias is not None else None
+        columns = chunk_rows(V, N * h_ND.element_size(), chunk_bytes, LEAST_COLUMNS)
+        buffer = h_ND.new_empty(N, columns)
+        for first in range(0, V, columns):
+            part = slice(first, min(first + columns, V))
+            logits_NC = buffer[:, : part.stop - first]
+            weight_CD = weight_VD[part].to(dtype)
+            if bias is None:
+                torch.mm(h_ND, weight_CD.T, out=logits_NC)
+            else:
+                torch.addmm(bias[part].to(dtype), h_ND, weight_CD.T, out=logits_NC)
+            differentiate(logits_NC, labels_N, lse_N, upstream_N, first, softcap=softcap, scale=scale)
+            if dbias_V is not None:
+                dbias_V[part] = logits_NC.sum(0, dtype=upstream_N.dtype)
+            if dweight_VD is None:
+                continue
+            if dweight_VD.dtype == dtype:
+                torch.mm(logits_NC.T, h_ND, out=dweight_VD[part])
+            else:  # rounded as under autocast
+                dweight_VD[part] = logits_NC.T @ h_ND
+    return dweight_VD, dbias_V
+
+
+def _fused(h_ND: torch.Tensor) -> bool:
+    return h_ND.is_cuda and HAVE_TRITON and h_ND.dtype != torch.float64

@@ -97,3 +97,24 @@ def extend(
     (extend_triton if fast else extend_reference)(extended, downs, ups, scales, rows, columns)
     if bias is not None:
         extended[:rows, columns + sum(down.shape[0] for down in downs)] = bias
+
+
+def lay_out(
+    down_RK: Tensor,
+    up_NR: Tensor,
+    downs: Sequence[Tensor],
+    ups: Sequence[Tensor],
+    scales: Sequence[float],
+    bias: Tensor | None = None,
+) -> None:
+    """The borders of E alone: A into `down_RK`; s B, block by block, and the bias into `up_NR`."""
+    down_RK.zero_()
+    up_NR.zero_()
+    row, column = 0, 0
+    for down, up, scale in zip(downs, ups, scales, strict=True):
+        ranks = slice(column, column + down.shape[0])
+        down_RK[ranks] = down
+        up_NR[row : row + up.shape[0], ranks] = up * scale
+        row, column = row + up.shape[0], ranks.stop
+    if bias is not None:
+        up_NR[:, column] = bias

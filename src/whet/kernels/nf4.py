@@ -115,6 +115,7 @@ def stack(weights: Sequence[NF4Weight]) -> NF4Weight | None:
 
 
 def _adjacent(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether each begins where the one before ends, in one allocation."""
     return all(
         a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() and a.data_ptr() + a.nbytes == b.data_ptr()
         for a, b in pairwise(tensors)

@@ -44,8 +44,11 @@ def varlen_mask(
     **kwargs: Any,
 ) -> Tensor | None:
     """None where the function finds the documents itself; a boolean mask where tokens are padded or cached, or where a
-    model brings a mask function of its own (which is what `use_vmap` stands for)."""
-    if attention_mask is None and q_length == kv_length and not use_vmap:
+    model brings a mask function of its own (which is what `use_vmap` stands for).
+
+    Padding at the right needs no mask either: no real token comes after it, and what padding itself sees is nobody's.
+    """
+    if q_length == kv_length and not use_vmap and (attention_mask is None or _padded_right(attention_mask)):
         return None
     return sdpa_mask(
         *args,
@@ -56,6 +59,11 @@ def varlen_mask(
         use_vmap=use_vmap,
         **kwargs,
     )
+
+
+def _padded_right(mask: Tensor) -> bool:
+    """Whether in each row [T] of a padding mask no real token follows a padded one."""
+    return mask.ndim == 2 and not bool((mask[:, 1:] & ~mask[:, :-1]).any())
 
 
 def varlen_attention(

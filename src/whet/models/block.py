@@ -3,10 +3,11 @@
     x1 = norm(h)            qkv = x1 Wqkv         o = attention(rope(qkv))     m = h + o Wo
     x2 = norm(m)            gu = x2 Wgu           a = f(gate) * up             out = m + a Wd
 
-The base is frozen, so the backward needs only the gradient of the input through each weight, and of the adapters. It
-reads h, qkv, o with its log-sum-exp, m and gu; what of these was not kept is computed again, and nothing else is.
-Weights are dequantized once a pass, adapters beside them, and tokens go through them in tiles. Gemma's layers norm the
-outputs of Wo and Wd once more (`attention_post_norm`, `mlp_post_norm`) before they are added.
+Where the base is frozen, the backward needs only the gradient of the input through each weight, and of the adapters;
+weights and norms that train get theirs from the same tiles. It reads h, qkv, o with its log-sum-exp, m and gu; what of
+these was not kept is computed again, and nothing else is. Weights are dequantized once a pass, adapters beside them,
+and tokens go through them in tiles. Gemma's layers norm the outputs of Wo and Wd once more (`attention_post_norm`,
+`mlp_post_norm`) before they are added.
 
 Shapes: h, m, out [T, D]; qkv [T, (Q + 2 G) d]; o [T, Q d]; gu [T, 2 F]; T tokens of all documents, D model width, F MLP
 width, Q query and G key heads of d. The suffix `e` marks a buffer with the adapters' R columns behind its own.
@@ -15,7 +16,8 @@ width, Q query and G key heads of d. The suffix `e` marks a buffer with the adap
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,7 +28,8 @@ from whet.kernels.glu import glu, glu_backward
 from whet.kernels.rms_norm import rms_norm, rms_norm_backward
 from whet.kernels.rope import rope, rope_backward
 from whet.models.families import LayerShape, Norm
-from whet.models.projection import LayerWeights, Projection, Projections, Weights
+from whet.models.projection import LayerWeights, Projection, Projections, accurate
+from whet.models.weights import Weights
 
 Saved = dict[str, Tensor]
 # What the backward reads beside the layer's input, from the dearest to the cheapest to compute again.
@@ -39,6 +42,7 @@ class Block:
     """A layer as it stands in one forward pass: its shape, weights, adapters, and the batch's positions.
 
     cos, sin [P, d'/2] in fp32: token t takes row t % P. tile: tokens that go through a weight at once.
+    fp8: the base's products run in FP8.
     """
 
     shape: LayerShape
@@ -47,17 +51,23 @@ class Block:
     sin: Tensor
     layout: Rows | Documents
     tile: int
+    fp8: bool = False
+    norm_grads: dict[str, Tensor] = field(default_factory=dict)
 
-    @property
+    @cached_property
+    def trained_norms(self) -> dict[str, Norm]:
+        return {name: norm for name, norm in self.shape.norms.items() if norm.weight.requires_grad}
+
+    @cached_property
     def parameters(self) -> tuple[torch.nn.Parameter, ...]:
-        """The adapters' weights, in the order of the gradients that `backward` returns."""
-        return self.p.parameters
+        """What trains, in the order of the gradients that `backward` returns."""
+        return (*self.p.parameters, *(norm.weight for norm in self.trained_norms.values()))
 
     # ------------------------------------------------------------ forward
 
     def forward(self, h: Tensor, keep: frozenset[str]) -> tuple[Tensor, Saved]:
         """The layer's output [T, D], and those intermediate values that `keep` names."""
-        w = self.p.weights(h.dtype, h.device)
+        w = self.p.weights(h.dtype, h.device, fp8=self.fp8)
         qkv = self.project_qkv(h, w.qkv)
         o, lse = self.attend(qkv)
         m, post, o_tail = self.project_o(h, o, w.o)
@@ -69,7 +79,7 @@ class Block:
         """q, k, v of all tokens; rotated, unless their heads are normed, when the backward needs them as they are."""
         qkv = h.new_empty(h.shape[0], self.p.qkv.rows)
         for s in self.tiles(h):
-            torch.mm(self.normed(h[s], self.shape.input_norm, self.p.qkv, e), e.forward, out=qkv[s])
+            e.product(self.normed(h[s], self.shape.input_norm, self.p.qkv, e), out=qkv[s])
         return qkv if self.shape.spec.qk_norm else self.rotated(qkv, out=qkv)
 
     def rotated(self, qkv: Tensor, out: Tensor | None = None) -> Tensor:
@@ -89,7 +99,7 @@ class Block:
         for s in self.tiles(h):
             oe = self.with_margin(o[s], self.p.o, e)
             tail[s] = oe[:, self.p.o.columns :][:, : self.p.o.rank]
-            self.add(h[s], oe, e.forward, self.shape.attention_post_norm, m[s], *(x[s] for x in post.values()))
+            self.add(h[s], oe, e, self.shape.attention_post_norm, m[s], *(x[s] for x in post.values()))
         return m, post, tail
 
     def mlp(self, m: Tensor, w: LayerWeights, *, keep_gate_up: bool) -> tuple[Tensor, Saved]:
@@ -97,10 +107,10 @@ class Block:
         post = {"mlp_output": torch.empty_like(m)} if self.shape.mlp_post_norm else {}
         kept = {}
         for i, s in enumerate(self.tiles(m)):
-            gate_up = self.normed(m[s], self.shape.mlp_norm, self.p.gate_up, w.gate_up) @ w.gate_up.forward
+            gate_up = w.gate_up.product(self.normed(m[s], self.shape.mlp_norm, self.p.gate_up, w.gate_up))
             ae = self.activated(gate_up, w.down)
             tail[s] = ae[:, self.p.down.columns :][:, : self.p.down.rank]
-            self.add(m[s], ae, w.down.forward, self.shape.mlp_post_norm, out[s], *(x[s] for x in post.values()))
+            self.add(m[s], ae, w.down, self.shape.mlp_post_norm, out[s], *(x[s] for x in post.values()))
             if keep_gate_up:
                 kept[f"gate_up.{i}"] = gate_up
         return out, {"down_tail": tail} | post | kept
@@ -116,7 +126,8 @@ class Block:
         buffer as `dout_e`, it need not copy.
         """
         saved = dict(saved)  # what is computed again is put here
-        w = self.p.weights(h.dtype, h.device)
+        self.norm_grads.clear()
+        w = self.p.weights(h.dtype, h.device, fp8=self.fp8)
         self.restore(h, saved, w)
         dm, mlp_grads = self.mlp_backward(dout, dout_e, saved, w)
         do, o_grads = self.project_o_backward(dm, saved, w.o)
@@ -132,7 +143,7 @@ class Block:
         )
         del do, o, qkv
         dh, qkv_grads = self.project_qkv_backward(h, dm, dqkv, saved, w.qkv, input_grad=input_grad)
-        return dh, [*qkv_grads, *o_grads, *mlp_grads]
+        return dh, [*qkv_grads, *o_grads, *mlp_grads, *(self.norm_grads[name] for name in self.trained_norms)]
 
     def restore(self, h: Tensor, saved: Saved, w: LayerWeights) -> None:
         """Compute again what of qkv, o, m and Gemma's outputs was not kept."""
@@ -153,26 +164,26 @@ class Block:
     ) -> tuple[Tensor, list[Tensor]]:
         """The gradient of m, in the first D columns of a buffer with Wo's margin, and those of gate_up's and down's."""
         m, gate_up_p, down, ge, de = saved["m"], self.p.gate_up, self.p.down, w.gate_up, w.down
-        dm, grads = m.new_empty(m.shape[0], len(w.o.back)), _Sum()
-        if self.shape.mlp_post_norm or (dout_e is not None and dout_e.shape[1] != len(de.back)):
+        dm, grads = m.new_empty(m.shape[0], w.o.width_out), _Sum()
+        if self.shape.mlp_post_norm or (dout_e is not None and dout_e.shape[1] != de.width_out):
             dout_e = None
         for i, s in enumerate(self.tiles(m)):
             x = self.normed(m[s], self.shape.mlp_norm, gate_up_p, ge)
             gate_up = saved.get(f"gate_up.{i}")
             if gate_up is None:
-                gate_up = x @ ge.forward
-            dye = dout_e[s] if dout_e is not None else m.new_empty(x.shape[0], len(de.back))
+                gate_up = ge.product(x)
+            dye = dout_e[s] if dout_e is not None else m.new_empty(x.shape[0], de.width_out)
             if dout_e is None:
-                self.norm_gradient(dout[s], saved.get("mlp_output"), s, self.shape.mlp_post_norm, dye[:, : down.rows])
+                self.norm_gradient(dout[s], saved.get("mlp_output"), s, "mlp_post_norm", dye[:, : down.rows])
             self.fill_gradient_margin(dye, down, de)
-            da = dye @ de.back
-            act, dgue = x.new_empty(x.shape[0], down.columns), x.new_empty(x.shape[0], len(ge.back))
+            da = de.back_product(dye)
+            act, dgue = x.new_empty(x.shape[0], down.columns), x.new_empty(x.shape[0], ge.width_out)
             glu_backward(da, gate_up, self.shape.activation, act=act, out=dgue[:, : gate_up_p.rows])
             del da, gate_up
             self.fill_gradient_margin(dgue, gate_up_p, ge)
             down_grads = down.gradients(dye[:, down.rows :], act, dye[:, : down.rows], saved["down_tail"][s])
             del act, dye
-            dx = dgue @ ge.back
+            dx = ge.back_product(dgue)
             up_grads = gate_up_p.gradients(
                 dgue[:, gate_up_p.rows :],
                 x[:, : gate_up_p.columns],
@@ -180,7 +191,7 @@ class Block:
                 x[:, gate_up_p.columns :],
             )
             grads.add([*up_grads, *down_grads])
-            self.norm_backward(dx, m[s], self.shape.mlp_norm, residual=dout[s], out=dm[s, : self.p.o.rows])
+            self.norm_backward(dx, m[s], "mlp_norm", residual=dout[s], out=dm[s, : self.p.o.rows])
         return dm, grads.total
 
     def project_o_backward(self, dm: Tensor, saved: Saved, e: Weights) -> tuple[Tensor, list[Tensor]]:
@@ -191,10 +202,10 @@ class Block:
             dye = dm[s]
             if self.shape.attention_post_norm:
                 dye = torch.empty_like(dye)
-                norm = self.shape.attention_post_norm
-                self.norm_gradient(dm[s, : p.rows], saved["attention_output"], s, norm, dye[:, : p.rows])
+                out = dye[:, : p.rows]
+                self.norm_gradient(dm[s, : p.rows], saved["attention_output"], s, "attention_post_norm", out)
             self.fill_gradient_margin(dye, p, e)
-            torch.mm(dye, e.back, out=do[s])
+            e.back_product(dye, out=do[s])
             grads.add(p.gradients(dye[:, p.rows :], o[s], dye[:, : p.rows], saved["o_tail"][s]))
         return do, grads.total
 
@@ -209,18 +220,19 @@ class Block:
         input_grad: bool,
     ) -> tuple[Tensor | None, list[Tensor]]:
         p = self.p.qkv
-        dqkve = h.new_empty(h.shape[0], len(e.back))
+        dqkve = h.new_empty(h.shape[0], e.width_out)
         raw = {"qkv": saved["qkv"]} if self.shape.spec.qk_norm else {}
-        rope_backward(*dqkv, self.cos, self.sin, **self.head_norms(), **raw, out=dqkve[:, : p.rows])
+        wanted = {f"{name[0]}_weight_grad": self.weight_grad(name) for name in ("q_norm", "k_norm")}
+        rope_backward(*dqkv, self.cos, self.sin, **self.head_norms(), **raw, **wanted, out=dqkve[:, : p.rows])
         dh, grads = h.new_empty(h.shape[0], self.p.down.rows + self.p.down.margin(h.device)), _Sum()
         for s in self.tiles(h):
             x, dye = self.normed(h[s], self.shape.input_norm, p, e), dqkve[s]
             self.fill_gradient_margin(dye, p, e)
             grads.add(p.gradients(dye[:, p.rows :], x[:, : p.columns], dye[:, : p.rows], x[:, p.columns :]))
-            if input_grad:
-                dx = dye @ e.back
+            if input_grad or "input_norm" in self.trained_norms:
+                dx = e.back_product(dye)
                 out = dh[s, : p.columns]
-                self.norm_backward(dx, h[s], self.shape.input_norm, residual=dm[s, : self.p.o.rows], out=out)
+                self.norm_backward(dx, h[s], "input_norm", residual=dm[s, : self.p.o.rows], out=out)
         return dh if input_grad else None, grads.total
 
     # ------------------------------------------------------------ parts of both
@@ -231,17 +243,17 @@ class Block:
 
     def normed(self, x: Tensor, norm: Norm, p: Projection, e: Weights) -> Tensor:
         """norm(x) and, in the margin, its product with the adapters' A."""
-        xe = x.new_empty(x.shape[0], len(e.forward))
+        xe = x.new_empty(x.shape[0], e.width_in)
         rms_norm(x, norm.weight, norm.eps, self.shape.spec.norm_offset, out=xe[:, : p.columns])
         return self.fill_margin(xe, p, e)
 
     def with_margin(self, x: Tensor, p: Projection, e: Weights) -> Tensor:
-        xe = x.new_empty(x.shape[0], len(e.forward))
+        xe = x.new_empty(x.shape[0], e.width_in)
         xe[:, : p.columns] = x
         return self.fill_margin(xe, p, e)
 
     def activated(self, gate_up: Tensor, de: Weights) -> Tensor:
-        ae = gate_up.new_empty(gate_up.shape[0], len(de.forward))
+        ae = gate_up.new_empty(gate_up.shape[0], de.width_in)
         glu(gate_up, self.shape.activation, out=ae[:, : self.p.down.columns])
         return self.fill_margin(ae, self.p.down, de)
 
@@ -267,21 +279,32 @@ class Block:
     ) -> None:
         """out = residual + xe weight, or + norm(xe weight), when the product is also written to `product`."""
         if norm is None:
-            torch.addmm(residual, xe, weight, out=out)
+            weight.add_product(residual, xe, out)
             return
         (y,) = product
-        torch.mm(xe, weight, out=y)
+        weight.product(xe, out=y)
         rms_norm(y, norm.weight, norm.eps, self.shape.spec.norm_offset, residual=residual, out=out)
 
-    def norm_gradient(self, dy: Tensor, y: Tensor | None, s: slice, norm: Norm | None, out: Tensor) -> None:
+    def norm_gradient(self, dy: Tensor, y: Tensor | None, s: slice, norm: str, out: Tensor) -> None:
         """The gradient before a post-norm; without one, dy itself."""
-        if norm is None or y is None:
+        if y is None:
             out.copy_(dy)
         else:
             self.norm_backward(dy, y[s], norm, out=out)
 
-    def norm_backward(self, dy: Tensor, x: Tensor, norm: Norm, *, out: Tensor, residual: Tensor | None = None) -> None:
-        rms_norm_backward(dy, x, norm.weight, norm.eps, self.shape.spec.norm_offset, residual=residual, out=out)
+    def norm_backward(self, dy: Tensor, x: Tensor, name: str, *, out: Tensor, residual: Tensor | None = None) -> None:
+        norm, offset = self.shape.norms[name], self.shape.spec.norm_offset
+        grad = self.weight_grad(name)
+        rms_norm_backward(dy, x, norm.weight, norm.eps, offset, residual=residual, weight_grad=grad, out=out)
+
+    def weight_grad(self, norm: str) -> Tensor | None:
+        """Where the gradient of a norm's weight is summed up, if it trains."""
+        if norm not in self.trained_norms:
+            return None
+        if norm not in self.norm_grads:
+            weight = self.trained_norms[norm].weight
+            self.norm_grads[norm] = torch.zeros_like(weight, dtype=accurate(weight.dtype))
+        return self.norm_grads[norm]
 
     def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [T, Q, d], k and v [T, G, d]: views."""

@@ -7,6 +7,7 @@ norms and projections are read from the layer itself.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from torch import nn
@@ -76,6 +77,12 @@ class LayerShape:
     mlp_post_norm: Norm | None = None
     q_norm: Norm | None = None
     k_norm: Norm | None = None
+
+    @cached_property
+    def norms(self) -> dict[str, Norm]:
+        """Those it has, by name."""
+        names = ("input_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm", "q_norm", "k_norm")
+        return {name: norm for name in names if (norm := getattr(self, name)) is not None}
 
 
 def family(layer: nn.Module) -> FamilySpec | None:

@@ -26,7 +26,7 @@ from whet.models import activations, attention
 from whet.models.activations import HostMemory, Policy
 from whet.models.block import Block
 from whet.models.families import FamilySpec, LayerShape, Norm, family, projections, read_norm, read_shape
-from whet.models.projection import LayerReader, Reader, lay_together
+from whet.models.projection import LayerReader, Reader, accurate, lay_together
 
 log = logging.getLogger("whet")
 
@@ -39,8 +39,8 @@ class Shared:
     """What all fused layers of a model have in common.
 
     policy: what each keeps for the backward pass, where `layers` does not say it layer by layer. tile: tokens that go
-    through a weight at once. auto: whether a trainer may plan these, within `budget` bytes on the device. gradient: the
-    buffer in which the layer above has handed one down.
+    through a weight at once. fp8: the base's products run in FP8. auto: whether a trainer may plan policy and tile,
+    within `budget` bytes on the device. gradient: the buffer in which the layer above has handed one down.
     """
 
     config: Any
@@ -48,6 +48,7 @@ class Shared:
     policy: Policy = activations.ALL
     layers: tuple[Policy, ...] | None = None
     tile: int = TILE
+    fp8: bool = False
     auto: bool = False
     budget: float | None = None
     host: HostMemory | None = None
@@ -129,8 +130,8 @@ class FusedLayer:
             return "no positions"
         if h.dtype == torch.float32 and torch.is_autocast_enabled(h.device.type):
             return self._say("32-bit weights under autocast")
-        if any(parent._modules[name] is not norm or _trains(norm) for parent, name, norm in self._whet_norms):
-            return self._say("norms that train or were replaced")
+        if any(parent._modules[name] is not norm for parent, name, norm in self._whet_norms):
+            return self._say("norms that were replaced")
         projections = self._whet_reader.read()
         if isinstance(projections, str):
             return self._say(projections)
@@ -139,13 +140,16 @@ class FusedLayer:
         )
         cos, sin = shared.tables(position_ids, shape.layer_type)
         layout = _layout(h, documents)
-        return Block(shape, projections, cos=cos, sin=sin, layout=layout, tile=shared.tile)
+        fp8 = shared.fp8 and all(p.fp8_base is not None for p in projections.all)
+        if shared.fp8 and not fp8:
+            self._say("weights that are no multiple of FP8's tiles, or not NF4", "16 bits, not FP8")
+        return Block(shape, projections, cos, sin, layout, shared.tile, fp8)
 
-    def _say(self, reason: str) -> str:
-        """Say once a model why its layers run as transformers wrote them."""
+    def _say(self, reason: str, what: str = "generic path, not the fused block") -> str:
+        """Say once a model why its layers run in another way than was asked for."""
         if reason not in self._whet.said:
             self._whet.said.add(reason)
-            log.warning("generic path, not the fused block: %s", reason)
+            log.warning("%s: %s", what, reason)
         return reason
 
 
@@ -222,26 +226,25 @@ class FusedNorm:
     _whet_offset: float
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        norm = self._whet_norm
-        if norm.weight.requires_grad or norm.weight is not self.weight:
+        if self._whet_norm.weight is not self.weight:
             return super().forward(hidden_states)
-        return _Norm.apply(hidden_states, norm, self._whet_offset)
+        return _Norm.apply(hidden_states, self.weight, self._whet_norm, self._whet_offset)
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: Norm, offset: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, norm: Norm, offset: float) -> Tensor:
         ctx.save_for_backward(x)
         ctx.norm, ctx.offset = norm, offset
-        return rms_norm(x.flatten(0, -2), norm.weight, norm.eps, offset).view_as(x)
+        return rms_norm(x.flatten(0, -2), weight, norm.eps, offset).view_as(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        norm = ctx.norm
-        dx = rms_norm_backward(grad.flatten(0, -2), x.flatten(0, -2), norm.weight, norm.eps, ctx.offset)
-        return dx.view_as(x), None, None
+        (x,), weight = ctx.saved_tensors, ctx.norm.weight
+        dw = torch.zeros_like(weight, dtype=accurate(weight.dtype)) if ctx.needs_input_grad[1] else None
+        dx = rms_norm_backward(grad.flatten(0, -2), x.flatten(0, -2), weight, ctx.norm.eps, ctx.offset, weight_grad=dw)
+        return dx.view_as(x), None if dw is None else dw.to(weight.dtype), None, None
 
 
 @cache
@@ -295,7 +298,3 @@ def _fuse_layer(layer: nn.Module, index: int, spec: FamilySpec, shape: LayerShap
 def shared_of(model: nn.Module) -> Shared | None:
     """What the fused layers of a model share, or None where it has none."""
     return next((m._whet for m in model.modules() if isinstance(m, FusedLayer)), None)
-
-
-def _trains(module: nn.Module) -> bool:
-    return any(p.requires_grad for p in module._parameters.values() if p is not None)

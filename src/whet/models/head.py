@@ -3,6 +3,7 @@
 TRL puts a forward on the model's instance that answers `fused_lm_head=True` with log-probabilities in the place of
 logits. It multiplies by the vocabulary in the forward pass and again in the backward pass, on a CPU for every position.
 `use_fused_head` puts `kernels.cross_entropy` in front of it, which does both at once, for the labelled rows alone.
+A head that trains, tied to the embedding or not, costs two more products, in the backward pass.
 Every other call, and every head that this file does not know, goes to the forward that was there.
 """
 
@@ -15,12 +16,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.modeling_utils import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
-from whet.kernels.cross_entropy import linear_log_probs
+from whet.kernels.cross_entropy import linear_log_probs, linear_log_probs_weight_grad
 
 log = logging.getLogger("whet")
 
@@ -71,14 +73,12 @@ def use_fused_head(model: PreTrainedModel | PeftModel) -> None:
 
 def _reason_for_trl_s(model: Any, kwargs: dict[str, Any]) -> str | None:
     """Why TRL's head must do this call; None if ours can. Asked at each call: PEFT and FSDP replace heads in place."""
-    name, head = type(model).__name__, model.get_output_embeddings()
+    name, head = type(model).__name__, _head(model)
     known = name in PLAIN | SOFTCAPPED | MULTIPLIED | DIVIDED and type(model).__module__.startswith("transformers.")
     if not known:
         return f"{name} may scale its logits in a way that whet does not know"
     if type(head) is not nn.Linear:
         return f"the head is a {type(head).__name__}, not a plain linear layer"
-    if any(p.requires_grad for p in head.parameters()):
-        return "the head is trained"
     if isinstance(head.weight, DTensor) or hasattr(head.weight, "ds_id") or head.weight.ndim != 2:
         return "the head's weight is spread over devices"
     if head.weight.is_meta or hasattr(head, "_hf_hook"):
@@ -86,6 +86,16 @@ def _reason_for_trl_s(model: Any, kwargs: dict[str, Any]) -> str | None:
     if kwargs.get("output_router_logits") or getattr(model.config, "output_router_logits", False):
         return "the loss has a part for the routing of experts"
     return None
+
+
+def _head(model: Any) -> Any:
+    """The module that makes the logits; of PEFT's copies for `modules_to_save` the active one."""
+    head = model.get_output_embeddings()
+    if type(head) is not ModulesToSaveWrapper:
+        return head
+    if head.disable_adapters or not head.active_adapters:
+        return head.original_module
+    return head.modules_to_save[head.active_adapters[0]]
 
 
 def _scaling(model: Any) -> tuple[float, float | None]:
@@ -109,7 +119,7 @@ def _forward(
     """TRL's fused output: fields of [batch, length - 1], or [batch, length] with `shift_labels`, 0 where ignored."""
     kwargs["use_cache"] = False
     h_BSD = model.base_model(*args, **kwargs).last_hidden_state
-    head = model.get_output_embeddings()
+    head = _head(model)
     device, length = head.weight.device, h_BSD.shape[1]
     if shift_labels is None:
         assert labels is not None, "the trainer gives labels or shift_labels"
@@ -126,7 +136,7 @@ def _forward(
         head.bias,
         softcap,
         scale,
-        torch.is_grad_enabled() and h_BSD.requires_grad,
+        torch.is_grad_enabled(),
     )
     # Out of place, so that a batch without any label still has a gradient, of zeros.
     log_probs, entropy, is_top1 = (x.new_zeros(mask.shape).index_put((batch, position), x) for x in fields)
@@ -137,10 +147,11 @@ def _forward(
 
 
 class LinearLogProbs(torch.autograd.Function):
-    """`linear_log_probs` of the rows `rows_N` of `h_TD`, differentiable with respect to h_TD and nothing else.
+    """`linear_log_probs` of the rows `rows_N` of `h_TD`, differentiable with respect to h_TD, weight and bias.
 
     (h_TD, rows_N int64 without repeats, weight_VD, labels_N, bias, softcap, scale, need_grad) -> log_probs_N, and
-    entropy_N and is_top1_N without gradient. Kept for backward: the N rows of the gradient. Runs in autocast's dtype.
+    entropy_N and is_top1_N without gradient. Runs in autocast's dtype. need_grad: whether grad mode is on, which
+    `forward` itself cannot see. Kept for backward: the N rows of h's gradient; for that of weight and bias, those of h.
     """
 
     @staticmethod
@@ -158,23 +169,49 @@ class LinearLogProbs(torch.autograd.Function):
         h_ND = h_TD.index_select(0, rows_N)
         if torch.is_autocast_enabled(h_ND.device.type):
             h_ND = h_ND.to(torch.get_autocast_dtype(h_ND.device.type))
+        of_h, _, of_weight, _, of_bias, *_ = (need_grad and needed for needed in ctx.needs_input_grad)
+        trained = of_weight or of_bias
         result = linear_log_probs(
-            h_ND, weight_VD, labels_N, bias=bias, softcap=softcap, scale=scale, need_grad=need_grad, out=h_ND
+            h_ND,
+            weight_VD,
+            labels_N,
+            bias=bias,
+            softcap=softcap,
+            scale=scale,
+            need_grad=of_h,
+            need_lse=trained,
+            out=None if trained else h_ND,
         )
         ctx.mark_non_differentiable(result.entropy_N, result.is_top1_N)
-        if need_grad:
-            ctx.save_for_backward(result.dh_ND, rows_N)
-            ctx.shape, ctx.dtype = h_TD.shape, h_TD.dtype
+        ctx.shape, ctx.dtype, ctx.softcap, ctx.scale = h_TD.shape, h_TD.dtype, softcap, scale
+        head = (h_ND, weight_VD, bias, labels_N, result.lse_N) if trained else ()
+        ctx.save_for_backward(rows_N, result.dh_ND, *head)
         return result.log_probs_N, result.entropy_N, result.is_top1_N
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_N: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        dh_ND, rows_N = ctx.saved_tensors
-        dh_TD = dh_ND.new_zeros(ctx.shape, dtype=ctx.dtype)
-        for i in range(0, len(rows_N), BACKWARD_ROWS):  # in parts, so that no third tensor of this size is made
-            part = slice(i, i + BACKWARD_ROWS)
-            scaled = dh_ND.new_empty(dh_ND[part].shape, dtype=ctx.dtype)
-            torch.mul(dh_ND[part], grad_N[part, None], out=scaled)  # in the gradient's fp32, rounded once
-            dh_TD.index_copy_(0, rows_N[part], scaled)
-        return dh_TD, None, None, None, None, None, None, None
+        rows_N, dh_ND, *head = ctx.saved_tensors
+        dh_TD = dweight_VD = dbias_V = None
+        if head:  # first: its buffer is gone before the gradient of h is there
+            h_ND, weight_VD, bias, labels_N, lse_N = head
+            dweight_VD, dbias_V = linear_log_probs_weight_grad(
+                h_ND,
+                weight_VD,
+                labels_N,
+                lse_N,
+                grad_N,
+                bias=bias,
+                softcap=ctx.softcap,
+                scale=ctx.scale,
+                need_weight=ctx.needs_input_grad[2],
+                need_bias=ctx.needs_input_grad[4],
+            )
+        if dh_ND is not None:
+            dh_TD = dh_ND.new_zeros(ctx.shape, dtype=ctx.dtype)
+            for i in range(0, len(rows_N), BACKWARD_ROWS):  # in parts, so that no third tensor of this size is made
+                part = slice(i, i + BACKWARD_ROWS)
+                scaled = dh_ND.new_empty(dh_ND[part].shape, dtype=ctx.dtype)
+                torch.mul(dh_ND[part], grad_N[part, None], out=scaled)  # in the gradient's fp32, rounded once
+                dh_TD.index_copy_(0, rows_N[part], scaled)
+        return dh_TD, None, dweight_VD, None, dbias_V, None, None, None

@@ -9,7 +9,7 @@ Shapes: T tokens, K inputs, N outputs of all parts together, R columns for adapt
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -19,35 +19,31 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from whet.kernels import layer_weights
-from whet.kernels.extend import extend
+from whet.kernels.extend import extend, lay_out
+from whet.kernels.fp8 import weight_scales
 from whet.kernels.layer_weights import ProjectionWeight
 from whet.kernels.nf4 import NF4Weight, dequantize_nf4, stack
+from whet.models.weights import BesideWeights, Fp8Base, Fp8Weights, Weights
 
 
 @dataclass(frozen=True)
 class Part:
-    """One linear layer: its frozen weight, bias [n], and adapter: down [r, K], up [n, r], both None without one."""
+    """One linear layer: weight [n, K], bias [n], and adapter: down [r, K], up [n, r], both None without one.
+
+    trained: those of weight and bias that train themselves.
+    """
 
     weight: NF4Weight | Tensor
     rows: int
     bias: Tensor | None = None
+    trained: tuple[nn.Parameter, ...] = ()
     down: nn.Parameter | None = None
     up: nn.Parameter | None = None
     scale: float = 0.0
 
-
-@dataclass(frozen=True)
-class Weights:
-    """A weight with adapters and bias beside it, in 16 or 32 bits, and the views of it that products take.
-
-    whole [N + R, K + R]; forward [K + R, N]; back [N + R, K]; down [K, R] is A^T; up [N, R] is s B.
-    """
-
-    whole: Tensor
-    forward: Tensor
-    back: Tensor
-    down: Tensor
-    up: Tensor
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        return (self.down, self.up, *self.trained) if self.down is not None else self.trained  # type: ignore[return-value]
 
 
 class Projection:
@@ -59,7 +55,7 @@ class Projection:
         self.adapted = tuple(part for part in parts if part.down is not None)
         self.rank = sum(part.down.shape[0] for part in self.adapted)
         self.biased = any(part.bias is not None for part in parts)
-        self.parameters = tuple(p for part in self.adapted for p in (part.down, part.up))
+        self.parameters = tuple(p for part in parts for p in part.parameters)
         needed = self.rank + self.biased
         # A power of two keeps rows aligned on a GPU.
         self.least_margin = 0 if needed == 0 else max(16, 1 << (needed - 1).bit_length())
@@ -79,8 +75,11 @@ class Projection:
         return tuple(weights)
 
     def weights(self, dtype: torch.dtype, device: torch.device) -> Weights:
-        """Dequantized into a new buffer."""
+        """Dequantized into a new buffer, the adapters beside it."""
         rows, columns, margin = self.rows, self.columns, self.margin(device)
+        first = self._stacked[0]
+        if len(self._stacked) == 1 and not margin and isinstance(first, Tensor) and first.dtype == dtype:
+            return self.beside(first)
         e = torch.empty(rows + margin, columns + margin, dtype=dtype, device=device)
         row = 0
         for weight in self._stacked:
@@ -92,10 +91,37 @@ class Projection:
                 place.copy_(weight)
             row += height
         if margin:
-            downs = [p.down.detach() if p.down is not None else e.new_empty(0, columns) for p in self.parts]
-            ups = [p.up.detach() if p.up is not None else e.new_empty(p.rows, 0) for p in self.parts]
-            extend(e, downs, ups, [part.scale for part in self.parts], rows, columns, self._bias(e))
-        return self.views(e)
+            self._extend(e, rows, columns)
+        return self.beside(e)
+
+    def fp8_weights(self, dtype: torch.dtype, device: torch.device) -> Weights:
+        """The base in FP8, adapters in `dtype`. Needs `fp8_base`."""
+        assert self.fp8_base is not None
+        margin = self.margin(device)
+        down = torch.empty(margin, self.columns, dtype=dtype, device=device)
+        up = torch.empty(self.rows, margin, dtype=dtype, device=device)
+        if margin:
+            downs, ups = self._adapters(down)
+            lay_out(down, up, downs, ups, [part.scale for part in self.parts], self._bias(down))
+        return Fp8Weights(self.fp8_base, down.T, up)
+
+    @cached_property
+    def fp8_base(self) -> Fp8Base | None:
+        """None where the base is not NF4 in one piece, or its sizes are none that FP8 products take."""
+        weight = self._stacked[0]
+        if len(self._stacked) > 1 or not isinstance(weight, NF4Weight) or self.rows % 16 or self.columns % 16:
+            return None
+        return Fp8Base(weight, *weight_scales(weight))
+
+    def _extend(self, e: Tensor, rows: int, columns: int) -> None:
+        downs, ups = self._adapters(e)
+        extend(e, downs, ups, [part.scale for part in self.parts], rows, columns, self._bias(e))
+
+    def _adapters(self, like: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """A and B of every part; of rank 0 where it has none."""
+        downs = [p.down.detach() if p.down is not None else like.new_empty(0, self.columns) for p in self.parts]
+        ups = [p.up.detach() if p.up is not None else like.new_empty(p.rows, 0) for p in self.parts]
+        return downs, ups
 
     @cached_property
     def in_one_launch(self) -> ProjectionWeight | None:
@@ -109,33 +135,37 @@ class Projection:
         scales = [p.scale for p in self.parts]
         return ProjectionWeight(weight, downs, ups, scales, self.margin(weight.packed.device))
 
-    def views(self, e: Tensor) -> Weights:
-        """The views of a laid out weight [N + R, K + R]."""
-        rows, columns = self.rows, self.columns
-        return Weights(e, e[:rows].T, e[:, :columns], e[rows:, :columns].T, e[:rows, columns:])
+    def beside(self, e: Tensor) -> Weights:
+        return BesideWeights(e, self.rows, self.columns)
 
     def _bias(self, like: Tensor) -> Tensor | None:
         if not self.biased:
             return None
-        return torch.cat([part.bias if part.bias is not None else like.new_zeros(part.rows) for part in self.parts])
+        biases = [part.bias.detach() if part.bias is not None else like.new_zeros(part.rows) for part in self.parts]
+        return torch.cat(biases)
 
     def gradients(self, g_TR: Tensor, x_TK: Tensor, dy_TN: Tensor, tail_TR: Tensor) -> list[Tensor]:
         """fp32 gradients of `parameters` from one tile of tokens.
 
         g: dY (s B), the margin of the gradient; x: the input; dy: the gradient of the output; tail: x A^T.
         """
-        if not self.adapted:
+        if not self.parameters:
             return []
-        downs = product(g_TR[:, : self.rank].T, x_TK)
-        ups = product(dy_TN.T, tail_TR[:, : self.rank])
+        downs = ups = None
+        if self.adapted:
+            downs = product(g_TR[:, : self.rank].T, x_TK)
+            ups = product(dy_TN.T, tail_TR[:, : self.rank])
         found, row, column = [], 0, 0
         for part in self.parts:
-            if part.down is not None:
-                rank = part.down.shape[0]
-                up = ups[row : row + part.rows, column : column + rank]
-                found += [downs[column : column + rank], up if part.scale == 1 else up * part.scale]
-                column += rank
-            row += part.rows
+            rows = slice(row, row + part.rows)
+            if downs is not None and ups is not None and part.down is not None:
+                ranks = slice(column, column + part.down.shape[0])
+                found += [downs[ranks], ups[rows, ranks] if part.scale == 1 else ups[rows, ranks] * part.scale]
+                column = ranks.stop
+            for parameter in part.trained:
+                dy = dy_TN[:, rows]
+                found.append(product(dy.T, x_TK) if parameter.ndim == 2 else dy.sum(0, dtype=accurate(dy.dtype)))
+            row = rows.stop
         return found
 
 
@@ -159,12 +189,14 @@ class Projections:
         self.all = (self.qkv, self.o, self.gate_up, self.down)
         self.parameters = tuple(x for p in self.all for x in p.parameters)
 
-    def weights(self, dtype: torch.dtype, device: torch.device) -> LayerWeights:
-        """All four dequantized, in one launch where that can be."""
+    def weights(self, dtype: torch.dtype, device: torch.device, *, fp8: bool = False) -> LayerWeights:
+        """All four dequantized, in one launch where that can be; or in FP8."""
+        if fp8:
+            return LayerWeights(*(p.fp8_weights(dtype, device) for p in self.all))
         if self._together is None:
             return LayerWeights(*(p.weights(dtype, device) for p in self.all))
         laid_out = layer_weights.layer_weights(self._together, dtype)
-        return LayerWeights(*(p.views(e) for p, e in zip(self.all, laid_out, strict=True)))
+        return LayerWeights(*(p.beside(e) for p, e in zip(self.all, laid_out, strict=True)))
 
     @cached_property
     def _together(self) -> layer_weights.LayerWeights | None:
@@ -175,11 +207,16 @@ class Projections:
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, summed and returned in fp32 whatever the inputs are held in."""
-    if a.dtype in (torch.float32, torch.float64):
+    if a.dtype == accurate(a.dtype):
         return a @ b
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
+
+
+def accurate(dtype: torch.dtype) -> torch.dtype:
+    """What sums over tokens are held in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass
@@ -225,8 +262,9 @@ def _state(module: Any) -> tuple[Any, ...]:
     )
     own = (id(module), hooks, "forward" in module.__dict__)  # accelerate's offloading puts a forward there
     if not isinstance(module, LoraLayer):
-        weight = module._parameters["weight"]
-        return (*own, id(weight), weight.requires_grad, weight.data_ptr())
+        weight, bias = module._parameters["weight"], module._parameters["bias"]
+        bias_trains = bias is not None and bias.requires_grad
+        return (*own, id(weight), weight.requires_grad, weight.data_ptr(), id(bias), bias_trains)
     adapters = module._modules
     parameters = [x._parameters["weight"] for kind in ("lora_A", "lora_B") for x in adapters[kind]._modules.values()]
     return (
@@ -277,24 +315,23 @@ def _read(module: nn.Module) -> Part | str:
     down, up = module.lora_A[name].weight, module.lora_B[name].weight
     if not (down.is_contiguous() and up.is_contiguous()):
         return "adapter weights that are not contiguous"
-    return Part(base.weight, base.rows, base.bias, down, up, float(module.scaling[name]))
+    return replace(base, down=down, up=up, scale=float(module.scaling[name]))
 
 
 def _base(module: nn.Module) -> Part | str:
     if _hooked(module):
         return "hooks on a linear layer"
-    weight = module.weight
-    if weight.requires_grad or (module.bias is not None and module.bias.requires_grad):
-        return "a base weight that trains"
+    weight, bias = module.weight, module.bias
+    trained = tuple(p for p in (weight, bias) if p is not None and p.requires_grad)
     if isinstance(module, Linear4bit):
         if weight.quant_state is None:
             return "4-bit weights that are not quantized yet"
         try:
-            return Part(NF4Weight.from_params4bit(weight), module.out_features, module.bias)
+            return Part(NF4Weight.from_params4bit(weight), module.out_features, bias, trained)
         except ValueError as error:
             return str(error)
     if type(module) is nn.Linear and weight.is_floating_point():
-        return Part(weight.detach(), module.out_features, module.bias)
+        return Part(weight.detach(), module.out_features, bias, trained)
     return f"layers of class {type(module).__name__}"
 
 
@@ -304,21 +341,20 @@ def _hooked(module: nn.Module) -> bool:
 
 
 def lay_together(modules: Sequence[nn.Module]) -> None:
-    """Move the NF4 bytes of linear modules that read one input next to each other, so that one launch reads them all.
+    """Move the NF4 bytes of linear modules that read one input next to each other, so that they are read as one weight.
 
-    The modules keep their own parameters, which become views of the common bytes.
+    The modules keep their own parameters, which become views of the common memory.
     """
     if len(modules) < 2 or not all(isinstance(m, Linear4bit) and m.weight.quant_state is not None for m in modules):
         return
     states = [m.weight.quant_state for m in modules]
-    packed = torch.cat([m.weight.data.reshape(-1) for m in modules])
-    absmax = torch.cat([state.absmax.reshape(-1) for state in states])
-    for module, state, p, a in zip(
-        modules,
-        states,
-        packed.split([m.weight.data.numel() for m in modules]),
-        absmax.split([state.absmax.numel() for state in states]),
-        strict=True,
-    ):
-        module.weight.data = p.view(module.weight.data.shape)
-        state.absmax = a.view(state.absmax.shape)
+    for module, packed in zip(modules, _together([m.weight.data for m in modules]), strict=True):
+        module.weight.data = packed
+    for state, absmax in zip(states, _together([state.absmax for state in states]), strict=True):
+        state.absmax = absmax
+
+
+def _together(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of `tensors` in one piece of memory, one after another, each of its own shape."""
+    flat = torch.cat([x.reshape(-1) for x in tensors])
+    return [part.view(x.shape) for part, x in zip(flat.split([x.numel() for x in tensors]), tensors, strict=True)]

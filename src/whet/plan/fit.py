@@ -51,7 +51,8 @@ def sizes_of(model: nn.Module) -> Sizes | None:
     bits = 16 if all(isinstance(w, torch.Tensor) for w in weights) else 4
     element = layers[0]._whet_shape.input_norm.weight.element_size()
     rank = max(part.down.shape[0] if part.down is not None else 0 for part in parts)
-    return Sizes(layers[0]._whet_shape, len(layers), shared.config.vocab_size, rank, bits, element)
+    trained = any(part.trained for part in parts)
+    return Sizes(layers[0]._whet_shape, len(layers), shared.config.vocab_size, rank, bits, element, trained)
 
 
 @cache

@@ -19,10 +19,10 @@ from whet.models.families import LayerShape
 
 GIB = 2**30
 PARKED_LAYERS = 2  # of values on their way to the host or back, on the device at one time
-SLACK = 0.03  # of the budget, for the allocator's rounding and what libraries hold
-TILES = (4096, 2048, 1024)  # tokens that go through a weight at once
+SLACK = 0.015  # of the budget, for the allocator's rounding and what libraries hold
+TILES = (4096, 2048, 1024, 512)  # tokens that go through a weight at once
 HEAD_CHUNK = 128 * 2**20
-LIBRARIES = 64 * 2**20  # workspaces of cuBLAS and cuDNN
+LIBRARIES = 160 * 2**20  # workspaces of cuBLAS, in the forward's thread and in the backward's, and of cuDNN
 LAUNCH = 5e-3  # seconds of the host for a layer's forward and backward pass: short passes wait for it
 
 
@@ -44,7 +44,10 @@ AMPERE = Device(matrix=230e12, memory=1.7e12, link=20e9)
 
 @dataclass(frozen=True)
 class Sizes:
-    """What of a model the plan depends on. rank: of each projection's adapter (0: none); bits: of the frozen base."""
+    """What of a model the plan depends on. rank: of each projection's adapter (0: none); bits: of the base's weights.
+
+    trained: whether these train themselves.
+    """
 
     shape: LayerShape
     layers: int
@@ -52,6 +55,7 @@ class Sizes:
     rank: int
     bits: int = 4
     element: int = 2
+    trained: bool = False
     tile: int = 4096
 
     @property
@@ -103,9 +107,11 @@ def working(sizes: Sizes, policy: Policy, tokens: int) -> float:
     again = kept(sizes, MOST, tokens) - kept(sizes, policy, tokens) if "qkv" not in policy.keep else 0
     weights = e * ((w + margin) * (d + margin) + (d + margin) * (q + margin))  # all four projections, for a whole pass
     weights += e * ((2 * f + margin) * (d + margin) + (d + margin) * (f + margin))
+    if sizes.trained:
+        weights += sizes.layer_weights * (4 + e)  # their gradients, summed in fp32
     mlp = t * e * (3 * d + 2 * f + 2 * f + (0 if "gate_up" in policy.keep else 2 * f) + 3 * margin)
-    # do, dq dk dv and their rotated copy; the kernel adds up dq in fp32
-    attention = tokens * e * (q + w + w + margin) + tokens * q * 4 + tokens * d * e
+    # do, dq dk dv and their rotated copy; the kernel adds up dq in fp32, and dk and dv for each query head
+    attention = tokens * e * (q + w + w + margin + 2 * q) + tokens * q * 4 + tokens * d * e
     layer = flow + again + weights + max(mlp, attention)
     head = tokens * d * e * 4 + HEAD_CHUNK
     return max(layer, head) + LIBRARIES
@@ -130,7 +136,7 @@ def seconds(sizes: Sizes, device: Device, policies: Mix, tokens: int, length: in
     dequantize = sizes.layer_weights * (sizes.bits / 8 + sizes.element) / device.memory
     passes = kept(sizes, ALL, tokens) * 5 / device.memory  # norms, rotations, activations, adapters
     forward = sizes.layers * (through + scores + dequantize + passes / 3)
-    backward = sizes.layers * (through + 2.5 * scores + dequantize + passes * 2 / 3)
+    backward = sizes.layers * ((2 if sizes.trained else 1) * through + 2.5 * scores + dequantize + passes * 2 / 3)
     gate_up = 4 * s.width * s.hidden * tokens / matrix
     qkv_and_o = 2 * s.width * (sizes.qkv + sizes.q) * tokens / matrix
     for policy, n in policies.items():

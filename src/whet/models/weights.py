@@ -1,0 +1,100 @@
+"""A projection's weight as the block multiplies by it: adapters beside it in one product, or in FP8 with them apart.
+
+`product` takes the input with its margin, [x | x A^T], and gives x W^T + s (x A^T) B^T; `back_product` takes the
+gradient with its margin, [g | g s B], and gives g W + (g s B) A. Either way the caller fills the margins, from `down`
+and `up`.
+Shapes: W [N, K]; R columns of margin; x [T, K + R]; g [T, N + R]; down [K, R] is A^T; up [N, R] is s B.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from whet.kernels.fp8 import dequantize_nf4_fp8, quantize_rows, scaled_mm
+from whet.kernels.nf4 import NF4Weight
+
+
+class Weights(Protocol):
+    """What the block asks of a weight."""
+
+    down: Tensor
+    up: Tensor
+
+    @property
+    def width_in(self) -> int:
+        """K + R."""
+
+    @property
+    def width_out(self) -> int:
+        """N + R."""
+
+    def product(self, xe: Tensor, out: Tensor | None = None) -> Tensor: ...
+
+    def add_product(self, residual: Tensor, xe: Tensor, out: Tensor) -> None:
+        """out = residual + product(xe)."""
+
+    def back_product(self, dye: Tensor, out: Tensor | None = None) -> Tensor: ...
+
+
+class BesideWeights:
+    """[N + R, K + R] as kernels/extend.py lays it out: one product gives base and adapters."""
+
+    def __init__(self, e: Tensor, rows: int, columns: int):
+        self._forward, self._back = e[:rows].T, e[:, :columns]
+        self.down, self.up = e[rows:, :columns].T, e[:rows, columns:]
+        self.width_out, self.width_in = e.shape
+
+    def product(self, xe: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.mm(xe, self._forward, out=out)
+
+    def add_product(self, residual: Tensor, xe: Tensor, out: Tensor) -> None:
+        torch.addmm(residual, xe, self._forward, out=out)
+
+    def back_product(self, dye: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.mm(dye, self._back, out=out)
+
+
+@dataclass(frozen=True)
+class Fp8Base:
+    """An NF4 weight and its FP8 scales: of rows for products, of columns for gradients. They are computed once."""
+
+    weight: NF4Weight
+    row_scales: Tensor
+    column_scales: Tensor
+
+
+class Fp8Weights:
+    """The base in FP8 (E4M3), each operand's rows scaled to its range; adapters and bias in 16 bits, added after."""
+
+    def __init__(self, frozen: Fp8Base, down: Tensor, up: Tensor):
+        self._frozen, self.down, self.up = frozen, down, up
+        margin = up.shape[1]
+        self.width_in, self.width_out = frozen.weight.columns + margin, frozen.weight.rows + margin
+
+    @cached_property
+    def _rows(self) -> Tensor:
+        f = self._frozen
+        return dequantize_nf4_fp8(f.weight, f.row_scales, f.column_scales, transposed=False)
+
+    @cached_property
+    def _columns(self) -> Tensor:
+        f = self._frozen
+        return dequantize_nf4_fp8(f.weight, f.row_scales, f.column_scales, transposed=True)
+
+    def product(self, xe: Tensor, out: Tensor | None = None) -> Tensor:
+        x, tail = xe[:, : self._frozen.weight.columns], xe[:, self._frozen.weight.columns :]
+        y = scaled_mm(*quantize_rows(x), self._rows, self._frozen.row_scales, xe.dtype, out)
+        return y.addmm_(tail, self.up.T) if self.up.shape[1] else y
+
+    def add_product(self, residual: Tensor, xe: Tensor, out: Tensor) -> None:
+        self.product(xe, out).add_(residual)
+
+    def back_product(self, dye: Tensor, out: Tensor | None = None) -> Tensor:
+        g, tail = dye[:, : self._frozen.weight.rows], dye[:, self._frozen.weight.rows :]
+        dx = scaled_mm(*quantize_rows(g), self._columns, self._frozen.column_scales, dye.dtype, out)
+        return dx.addmm_(tail, self.down.T) if self.down.shape[1] else dx
