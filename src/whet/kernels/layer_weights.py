@@ -68,6 +68,8 @@ class LayerWeights:
 def takes(projections: Sequence[ProjectionWeight]) -> bool:
     """Whether one launch can do these: double-quantized weights that share their tables, contiguous fp32 adapters."""
     first = projections[0].weight
+    if first.code2 is None:
+        return False
     return HAVE_TRITON and all(
         kernel_takes(p.weight)
         and p.weight.code2 is not None
