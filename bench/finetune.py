@@ -303,6 +303,18 @@ def result(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def plan_of(model: Any) -> dict[str, Any]:
+    """What whet chose for the model's layers, and the link to the host that it measured, in GB/s."""
+    import torch
+
+    from whet.models.fused import shared_of
+    from whet.plan.fit import device_rates
+
+    shared = shared_of(model)
+    link = device_rates(torch.device("cuda")).link / 1e9 if torch.cuda.is_available() else None
+    return {"chosen": None if shared is None else shared.plan, "link_gb_s": None if link is None else round(link, 1)}
+
+
 def _s(seconds: float) -> float:
     return round(seconds, 4)
 

@@ -116,7 +116,8 @@ def test_peak_memory_is_as_planned(tmp_path: Path, load_in_4bit: bool) -> None:
             model.get_base_model().model(ids).last_hidden_state.float().square().mean().backward()
         planned = memory.peak(replace(sizes, tile=tile), static, {policy: sizes.layers}, ids.numel())
         measured = torch.cuda.max_memory_allocated()
-        assert 0.8 * measured < planned < 1.25 * measured, (name, offload, planned / 2**30, measured / 2**30)
+        assert 0.9 * measured < planned, (name, offload, planned / 2**30, measured / 2**30)
+        assert planned < 1.1 * measured + memory.LIBRARIES, (name, offload, planned / 2**30, measured / 2**30)
 
 
 def test_the_layer_s_weights_take_one_launch(tmp_path: Path) -> None:

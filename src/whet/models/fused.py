@@ -40,7 +40,8 @@ class Shared:
 
     policy: what each keeps for the backward pass, where `layers` does not say it layer by layer. tile: tokens that go
     through a weight at once. fp8: the base's products run in FP8. auto: whether a trainer may plan policy and tile,
-    within `budget` bytes on the device. gradient: the buffer in which the layer above has handed one down.
+    within `budget` bytes on the device. plan: the one it made, in words. gradient: the buffer in which the layer above
+    has handed one down.
     """
 
     config: Any
@@ -51,6 +52,7 @@ class Shared:
     fp8: bool = False
     auto: bool = False
     budget: float | None = None
+    plan: str | None = None
     host: HostMemory | None = None
     said: set[str] = field(default_factory=set)
     gradient: Tensor | None = None

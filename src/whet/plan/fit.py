@@ -16,7 +16,7 @@ from torch import nn
 from whet.errors import WhetError
 from whet.models import activations
 from whet.models.activations import Policy
-from whet.models.fused import FusedLayer, Shared, shared_of
+from whet.models.fused import FusedLayer, shared_of
 from whet.plan import memory
 from whet.plan.memory import GIB, Device, Plan, Sizes
 
@@ -52,7 +52,11 @@ def sizes_of(model: nn.Module) -> Sizes | None:
     element = layers[0]._whet_shape.input_norm.weight.element_size()
     rank = max(part.down.shape[0] if part.down is not None else 0 for part in parts)
     trained = any(part.trained for part in parts)
-    return Sizes(layers[0]._whet_shape, len(layers), shared.config.vocab_size, rank, bits, element, trained)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head_trains = head is not None and any(p.requires_grad for p in head.parameters())
+    return Sizes(
+        layers[0]._whet_shape, len(layers), shared.config.vocab_size, rank, bits, element, trained, head_trains
+    )
 
 
 @cache
@@ -110,28 +114,27 @@ def plan(model: nn.Module, passes: list[int], length: int, *, optimizer: str, bu
     return chosen
 
 
-def apply(chosen: Plan, shared: Shared) -> None:
-    """Have the model's layers keep what the plan says."""
-    shared.layers, shared.tile = chosen.policies, chosen.tile
-
-
 def fit_to_memory(model: nn.Module, config: Any, budget: float | None) -> Plan | None:
-    """Plan for a trainer's config, merge its micro-batches to the plan's passes, and apply it. The rows a step stay."""
+    """Plan for a trainer's config, set its micro-batches to the plan's passes, and apply it.
+
+    The rows of an optimizer step stay as they are, in their order: only how many of them go through the model at a time
+    may be more or fewer than was asked for. None, and nothing changed, where there is no GPU or no fused layer.
+    """
     shared = shared_of(model)
-    rows, steps = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    length = config.max_length or model.max_seq_length
     if shared is None or not torch.cuda.is_available():
         return None
-    merges = {rows * n * length: n for n in range(1, steps + 1) if steps % n == 0}
-    chosen = plan(
-        model, list(merges), length, optimizer=str(getattr(config.optim, "value", config.optim)), budget=budget
-    )
+    length = config.max_length or model.max_seq_length
+    a_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    passes = {rows * length: rows for rows in range(1, a_step + 1) if a_step % rows == 0}
+    optimizer = str(getattr(config.optim, "value", config.optim))
+    chosen = plan(model, list(passes), length, optimizer=optimizer, budget=budget)
     if chosen is None:
         return None
-    merge = merges[chosen.tokens]
-    config.per_device_train_batch_size, config.gradient_accumulation_steps = rows * merge, steps // merge
-    apply(chosen, shared)
-    log.info("%d rows at a time, %d times a step; %s", rows * merge, steps // merge, describe(chosen))
+    rows = passes[chosen.tokens]
+    config.per_device_train_batch_size, config.gradient_accumulation_steps = rows, a_step // rows
+    shared.layers, shared.tile = chosen.policies, chosen.tile
+    shared.plan = f"{rows} rows at a time, {a_step // rows} times a step; {describe(chosen)}"
+    log.info("%s", shared.plan)
     return chosen
 
 

@@ -19,10 +19,10 @@ from whet.models.families import LayerShape
 
 GIB = 2**30
 PARKED_LAYERS = 2  # of values on their way to the host or back, on the device at one time
-SLACK = 0.015  # of the budget, for the allocator's rounding and what libraries hold
+SLACK = 0.005  # of the budget, for the allocator's rounding
 TILES = (4096, 2048, 1024, 512)  # tokens that go through a weight at once
 HEAD_CHUNK = 128 * 2**20
-LIBRARIES = 160 * 2**20  # workspaces of cuBLAS, in the forward's thread and in the backward's, and of cuDNN
+LIBRARIES = 224 * 2**20  # workspaces of cuBLAS, in the forward's thread and in the backward's, and of cuDNN
 LAUNCH = 5e-3  # seconds of the host for a layer's forward and backward pass: short passes wait for it
 
 
@@ -46,7 +46,7 @@ AMPERE = Device(matrix=230e12, memory=1.7e12, link=20e9)
 class Sizes:
     """What of a model the plan depends on. rank: of each projection's adapter (0: none); bits: of the base's weights.
 
-    trained: whether these train themselves.
+    trained: whether these train themselves. trained_head: whether the output head does.
     """
 
     shape: LayerShape
@@ -56,6 +56,7 @@ class Sizes:
     bits: int = 4
     element: int = 2
     trained: bool = False
+    trained_head: bool = False
     tile: int = 4096
 
     @property
@@ -108,12 +109,17 @@ def working(sizes: Sizes, policy: Policy, tokens: int) -> float:
     weights = e * ((w + margin) * (d + margin) + (d + margin) * (q + margin))  # all four projections, for a whole pass
     weights += e * ((2 * f + margin) * (d + margin) + (d + margin) * (f + margin))
     if sizes.trained:
-        weights += sizes.layer_weights * (4 + e)  # their gradients, summed in fp32
+        weights += sizes.layer_weights * (
+            4 + 4 + e
+        )  # their gradients: a tile's and the sum in fp32, and as they are held
     mlp = t * e * (3 * d + 2 * f + 2 * f + (0 if "gate_up" in policy.keep else 2 * f) + 3 * margin)
     # do, dq dk dv and their rotated copy; the kernel adds up dq in fp32, and dk and dv for each query head
     attention = tokens * e * (q + w + w + margin + 2 * q) + tokens * q * 4 + tokens * d * e
     layer = flow + again + weights + max(mlp, attention)
     head = tokens * d * e * 4 + HEAD_CHUNK
+    if sizes.trained_head:  # where it is tied its gradient waits for the embedding's, to the end
+        gradient = sizes.vocabulary * d * e
+        layer, head = layer + gradient, head + gradient + tokens * d * e * 2
     return max(layer, head) + LIBRARIES
 
 
