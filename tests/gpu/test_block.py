@@ -131,3 +131,23 @@ def test_the_layer_s_weights_take_one_launch(tmp_path: Path) -> None:
         expected = projection.weights(torch.bfloat16, torch.device("cuda"))
         for name in ("forward", "back", "down", "up"):
             torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=0, atol=0)
+
+
+def test_a_pass_that_is_let_go_leaves_the_next_one_right(tmp_path: Path) -> None:
+    """Catches host memory of a forward pass without a backward that is still counted on, or lost."""
+    model = harness.whet_model(checkpoint(tmp_path, "llama"), "llama", "nf4")
+    harness.randomise_adapter(model)
+    shared = fused.shared_of(model)
+    assert shared is not None
+    batch = batches()[0]
+    expected = gradients(model, batch)
+    shared.policy = replace(activations.MOST, offload=True)
+    for _ in range(3):
+        loss = model(**batch, use_cache=False).loss
+        del loss
+    for parameter, got in gradients(model, batch).items():
+        assert harness.relative(got, expected[parameter]) < 1e-5, parameter
+    loss = model(**batch, use_cache=False).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward"):
+        loss.backward()

@@ -60,6 +60,21 @@ def test_saved_copied_and_loaded_again_it_is_the_same_model(llama: Path, tmp_pat
     assert not own & {p.data_ptr() for p in copied.parameters()}
 
 
+def test_a_copy_has_the_settings_and_nothing_else(llama: Path) -> None:
+    """Catches a copy that trains under another plan, or shares a batch's buffers with the model it was made of."""
+    model, _ = FastLanguageModel.from_pretrained(str(llama), use_gradient_checkpointing=True, gpu_memory=3)
+    shared = fused.shared_of(model)
+    assert shared is not None
+    shared.tile, shared.fp8, shared.gradient = 77, True, torch.ones(1)
+    copied = fused.shared_of(copy.deepcopy(model))
+    assert copied is not None
+    assert copied is not shared
+    names = ("policy", "layers", "tile", "fp8", "auto", "budget")
+    assert [getattr(copied, name) for name in names] == [getattr(shared, name) for name in names]
+    assert copied.gradient is None
+    assert copied.rotary is not shared.rotary
+
+
 def test_a_layer_is_still_what_it_was(llama: Path) -> None:
     """Catches code of transformers, or of a user, that looks for layers by class or name and finds none."""
     model, _ = FastLanguageModel.from_pretrained(str(llama))

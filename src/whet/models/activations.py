@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from weakref import finalize, ref
 
 import torch
 from torch import Tensor
@@ -38,22 +39,29 @@ INPUT = Policy(ALWAYS)
 
 @dataclass(eq=False)
 class Parked:
-    """One layer's values in host memory. `device` holds them on the device: before they have left, or once back."""
+    """One layer's values in host memory. `device` holds them on the device: before they have left, or once back.
+
+    fetched: the backward has had them, and their host memory may hold others.
+    """
 
     host: Values
     device: Values | None
     arrived: torch.cuda.Event | None = None
+    fetched: bool = False
 
 
 @dataclass
 class HostMemory:
-    """Pinned buffers for the layers of one model, and the stream that copies to and from them."""
+    """Pinned buffers for the layers of one model, and the stream that copies to and from them.
+
+    A graph that is let go without a backward pass takes its `Parked` with it; their buffers then are free again.
+    """
 
     device: torch.device
     _stream: torch.cuda.Stream = field(init=False)
     _free: list[Values] = field(default_factory=list)
     _leaving: deque[tuple[torch.cuda.Event, Parked]] = field(default_factory=deque)
-    _stack: list[Parked] = field(default_factory=list)
+    _stack: list[ref[Parked]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._stream = torch.cuda.Stream(self.device)
@@ -62,6 +70,7 @@ class HostMemory:
         """Begin to copy values to the host. They must not be changed after this."""
         compute = torch.cuda.current_stream(self.device)
         parked = Parked(self._buffers(values), values)
+        finalize(parked, self._free.append, parked.host)
         self._stream.wait_stream(compute)
         with torch.cuda.stream(self._stream):
             for name, x in values.items():
@@ -69,7 +78,7 @@ class HostMemory:
             left = torch.cuda.Event()
             left.record(self._stream)
         self._leaving.append((left, parked))
-        self._stack.append(parked)
+        self._stack = [*(x for x in self._stack if x() is not None), ref(parked)]
         while len(self._leaving) > 1:  # the memory of what has left may be written over from here on
             event, gone = self._leaving.popleft()
             compute.wait_event(event)
@@ -77,17 +86,24 @@ class HostMemory:
         return parked
 
     def fetch(self, parked: Parked) -> Values:
-        """The values on the device; the layer below's begin to come back meanwhile."""
+        """The values on the device; the layer below's begin to come back meanwhile.
+
+        Raises RuntimeError the second time: their host memory may hold another layer's by then.
+        """
+        if parked.fetched:
+            raise RuntimeError(
+                "a second backward pass through the same graph, whose values waited in host memory and are gone; "
+                'use use_gradient_checkpointing=True or False with retain_graph, not "auto" or "whet"'
+            )
+        parked.fetched = True
         self._recall(parked)
         if parked.arrived is not None:
             torch.cuda.current_stream(self.device).wait_event(parked.arrived)
         self._leaving = deque(x for x in self._leaving if x[1] is not parked)
-        if parked in self._stack:
-            below = self._stack[: self._stack.index(parked)]
-            self._stack.remove(parked)
-            self._free.append(parked.host)
-            if below:
-                self._recall(below[-1])
+        waiting = [x() for x in self._stack]
+        below = [x for x in waiting[: waiting.index(parked)] if x is not None and not x.fetched]
+        if below:
+            self._recall(below[-1])
         values, parked.device = parked.device, None
         assert values is not None
         return values
@@ -111,4 +127,4 @@ class HostMemory:
                 return self._free.pop(i)
         if self._free:  # another batch shape: let the old buffer go rather than hold both
             self._free.pop()
-        return {name: torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for name, x in values.items()}
+        return {name: torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda) for name, x in values.items()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections import Counter
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -81,10 +81,11 @@ class Shared:
         return self.host
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
-
-        return Shared(
-            deepcopy(self.config, memo), deepcopy(self.rotary, memo), self.policy, self.layers, self.tile, self.auto
-        )
+        """The same settings for a copied model; nothing of a batch, and host memory of its own."""
+        copied = copy(self)
+        copied.config, copied.rotary = deepcopy(self.config, memo), deepcopy(self.rotary, memo)
+        copied.said, copied.host, copied.gradient, copied._positions = set(self.said), None, None, None
+        return copied
 
 
 @cache
@@ -98,7 +99,7 @@ class FusedLayer:
     _whet: Shared
     _whet_index: int
     _whet_shape: LayerShape
-    _whet_norms: tuple[tuple[nn.Module, str, nn.Module], ...]
+    _whet_norms: tuple[tuple[nn.Module, str, nn.Parameter], ...]
     _whet_reader: LayerReader
 
     # transformers sets this to have a layer run again in the backward pass. The block keeps what `Shared.policy` says,
@@ -132,7 +133,7 @@ class FusedLayer:
             return "no positions"
         if h.dtype == torch.float32 and torch.is_autocast_enabled(h.device.type):
             return self._say("32-bit weights under autocast")
-        if any(parent._modules[name] is not norm for parent, name, norm in self._whet_norms):
+        if any(parent._modules[name]._parameters.get("weight") is not w for parent, name, w in self._whet_norms):
             return self._say("norms that were replaced")
         projections = self._whet_reader.read()
         if isinstance(projections, str):
@@ -289,7 +290,7 @@ def _fuse_layer(layer: nn.Module, index: int, spec: FamilySpec, shape: LayerShap
     places = [
         (parent, name) for parent in (layer, layer.self_attn) for name in parent._modules if name.endswith("norm")
     ]
-    layer._whet_norms = tuple((parent, name, parent._modules[name]) for parent, name in places)
+    layer._whet_norms = tuple((parent, name, parent._modules[name].weight) for parent, name in places)
     layer._whet_reader = LayerReader({name: Reader(modules) for name, modules in projections(layer, spec).items()})
     for reader in layer._whet_reader.readers.values():
         lay_together([parent._modules[name] for parent, name in reader.places])

@@ -91,7 +91,8 @@ class Projection:
                 place.copy_(weight)
             row += height
         if margin:
-            self._extend(e, rows, columns)
+            downs, ups = self._adapters(e)
+            extend(e, downs, ups, [part.scale for part in self.parts], rows, columns, self._bias(e))
         return self.beside(e)
 
     def fp8_weights(self, dtype: torch.dtype, device: torch.device) -> Weights:
@@ -113,10 +114,6 @@ class Projection:
             return None
         return Fp8Base(weight, *weight_scales(weight))
 
-    def _extend(self, e: Tensor, rows: int, columns: int) -> None:
-        downs, ups = self._adapters(e)
-        extend(e, downs, ups, [part.scale for part in self.parts], rows, columns, self._bias(e))
-
     def _adapters(self, like: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """A and B of every part; of rank 0 where it has none."""
         downs = [p.down.detach() if p.down is not None else like.new_empty(0, self.columns) for p in self.parts]
@@ -129,11 +126,10 @@ class Projection:
         if len(self._stacked) > 1 or not isinstance(self._stacked[0], NF4Weight) or self.biased:
             return None
         weight = self._stacked[0]
-        none = torch.empty(0, device=weight.packed.device)
-        downs = [p.down if p.down is not None else none.view(0, self.columns) for p in self.parts]
-        ups = [p.up if p.up is not None else none.view(p.rows, 0) for p in self.parts]
-        scales = [p.scale for p in self.parts]
-        return ProjectionWeight(weight, downs, ups, scales, self.margin(weight.packed.device))
+        like = torch.empty(0, device=weight.packed.device)
+        downs = [p.down if p.down is not None else like.new_empty(0, self.columns) for p in self.parts]
+        ups = [p.up if p.up is not None else like.new_empty(p.rows, 0) for p in self.parts]
+        return ProjectionWeight(weight, downs, ups, [p.scale for p in self.parts], self.margin(like.device))
 
     def beside(self, e: Tensor) -> Weights:
         return BesideWeights(e, self.rows, self.columns)
@@ -330,9 +326,9 @@ def _base(module: nn.Module) -> Part | str:
             return Part(NF4Weight.from_params4bit(weight), module.out_features, bias, trained)
         except ValueError as error:
             return str(error)
-    if type(module) is nn.Linear and weight.is_floating_point():
+    if type(module) is nn.Linear and type(weight.data) is Tensor and weight.is_floating_point():
         return Part(weight.detach(), module.out_features, bias, trained)
-    return f"layers of class {type(module).__name__}"
+    return f"layers of class {type(module).__name__}, weights of class {type(weight.data).__name__}"
 
 
 def _hooked(module: nn.Module) -> bool:
