@@ -285,9 +285,9 @@ def layer_weights(s: Sizes, on: Device, projections: Sequence[tuple[Sequence[int
         ups = [on.normal(n, s.r, dtype=single) for n in parts]
         found.append(ProjectionWeight(weight, downs, ups, [2.0] * len(parts), s.R))
         reads += [*read, *downs, *ups]
-    layer = LayerWeights(found)
-    written = unallocated(on.empty(layer.places[-1]))
-    return Work(lambda: layer_weights(layer, on.dtype), reads, [written])
+    layer = LayerWeights(found, on.dtype)
+    written = unallocated(on.empty(layer.size))
+    return Work(lambda: layer_weights(layer), reads, [written])
 
 
 # ------------------------------------------------------------------ products in FP8

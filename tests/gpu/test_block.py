@@ -120,16 +120,17 @@ def test_peak_memory_is_as_planned(tmp_path: Path, load_in_4bit: bool) -> None:
         assert planned < 1.1 * measured + memory.LIBRARIES, (name, offload, planned / 2**30, measured / 2**30)
 
 
-def test_the_layer_s_weights_take_one_launch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # one without biases, one with
+def test_the_layer_s_weights_take_one_launch(tmp_path: Path, family: str) -> None:
     """Catches NF4 weights that no longer lie together, so that each is dequantized on its own."""
-    model = harness.whet_model(checkpoint(tmp_path, "llama"), "llama", "nf4-bf16")
+    model = harness.whet_model(checkpoint(tmp_path, family), family, "nf4-bf16")
     layer: Any = next(m for m in model.modules() if isinstance(m, fused.FusedLayer))
     projections = layer._whet_reader.read()
-    assert projections._together is not None
+    assert projections._in_one_launch(torch.bfloat16, apart=False) is not None
     together = projections.weights(torch.bfloat16, torch.device("cuda"))
     for projection, got in zip(projections.all, together, strict=True):
         expected = projection.weights(torch.bfloat16, torch.device("cuda"))
-        for name in ("forward", "back", "down", "up"):
+        for name in ("_forward", "_back", "down", "up"):
             torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=0, atol=0)
 
 

@@ -6,7 +6,13 @@ import pytest
 import torch
 from bitsandbytes.functional import quantize_4bit
 
-from whet.kernels.layer_weights import LayerWeights, ProjectionWeight, layer_weights_reference, layer_weights_triton
+from whet.kernels.layer_weights import (
+    LayerWeights,
+    ProjectionWeight,
+    layer_weights,
+    layer_weights_reference,
+    layer_weights_triton,
+)
 from whet.kernels.nf4 import NF4Weight
 
 # rows and ranks of each projection's parts, its columns, its margin
@@ -26,30 +32,43 @@ def projection(parts: list[tuple[int, int]], columns: int, margin: int) -> Proje
         state.state2.code, state.state2.absmax, state.offset,
     )  # fmt: skip
     downs, ups = [torch.randn(r, columns) for _, r in parts], [torch.randn(n, r) for n, r in parts]
-    return ProjectionWeight(weight, downs, ups, [0.5 + i for i in range(len(parts))], margin)
+    bias = torch.randn(rows) if margin > sum(r for _, r in parts) else None
+    return ProjectionWeight(weight, downs, ups, [0.5 + i for i in range(len(parts))], margin, bias)
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("which", [[0], [1], [3], [0, 1, 2, 3], [3, 2, 1, 0]])
-def test_one_launch_writes_what_the_references_write(which: list[int]) -> None:
+def test_one_launch_writes_what_the_references_write(which: list[int], apart: bool) -> None:
     """Catches a program that works on another projection's table entry, and any byte not written."""
     torch.manual_seed(0)
-    layer = LayerWeights([projection(*LAYER[i]) for i in which])
-    expected, got = (torch.full((layer.places[-1],), float("nan")) for _ in range(2))
+    layer = LayerWeights([projection(*LAYER[i]) for i in which], torch.float32, apart)
+    expected, got = (torch.full((layer.size,), float("nan")) for _ in range(2))
     layer_weights_reference(layer, expected)
     layer_weights_triton(layer, got)
-    for p, place in zip(layer.projections, layer.places, strict=False):
-        rows, columns = p.shape
-        a, b = (x[place : place + rows * columns].view(rows, columns) for x in (expected, got))
+    pairs = list(zip(layer.views(expected), layer.views(got), strict=True))
+    assert len(pairs) == len(which) * (2 if apart else 1)
+    for i, (a, b) in enumerate(pairs):
         a, b = a.clone(), b.clone()
-        for x in (a, b):
-            x[p.weight.rows :, p.weight.columns :] = 0  # the corner is nobody's
+        if not apart:
+            weight = layer.projections[i].weight
+            a[weight.rows :, weight.columns :] = b[weight.rows :, weight.columns :] = 0  # the corner is nobody's
         torch.testing.assert_close(b, a, rtol=0, atol=0)
+
+
+def test_the_adapters_apart_are_those_beside_the_weights() -> None:
+    torch.manual_seed(0)
+    projections = [projection(*entry) for entry in LAYER]
+    beside, apart = LayerWeights(projections, torch.float32), LayerWeights(projections, torch.float32, apart=True)
+    whole, borders = layer_weights(beside), layer_weights(apart)
+    for p, e, up, down in zip(projections, whole, borders[::2], borders[1::2], strict=True):
+        assert torch.equal(e[: p.weight.rows, p.weight.columns :], up)
+        assert torch.equal(e[p.weight.rows :, : p.weight.columns], down)
 
 
 def test_a_moved_adapter_is_found() -> None:
     """Catches a table that still points at the memory an adapter had before."""
-    layer = LayerWeights([projection(*LAYER[0])])
-    out = torch.empty(layer.places[-1])
+    layer = LayerWeights([projection(*LAYER[0])], torch.float32)
+    out = torch.empty(layer.size)
     layer_weights_triton(layer, out)
     layer.projections[0].ups[1].data = torch.ones_like(layer.projections[0].ups[1])
     layer_weights_triton(layer, out)

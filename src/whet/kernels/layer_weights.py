@@ -1,8 +1,9 @@
 """All weights of a decoder layer, dequantized and with their adapters beside them, in one launch.
 
 Each projection is laid out as kernels/extend.py says, [N + R, K + R], one after another in one buffer; NF4 is undone as
-kernels/nf4.py says, to the bit. Launching a kernel costs the host more than most of them take on the device, and a
-layer needs these eight times a pass: this one reads where its inputs lie from a table that is made once.
+kernels/nf4.py says, to the bit. Where the weight is wanted in another form (FP8), the adapters are laid out alone.
+Launching a kernel costs the host more than most of them take on the device, and a layer needs these eight times a pass:
+this one reads where its inputs lie from a table that is made once.
 Shapes: W [N, K] of a projection; A_j [r_j, K], B_j [n_j, r_j] of its parts, at most three; R columns of margin.
 """
 
@@ -10,30 +11,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from whet.kernels._triton import HAVE_TRITON, jit, tl
-from whet.kernels.extend import MOST_PARTS, extend_reference
+from whet.kernels.extend import MOST_PARTS, extend, lay_out
 from whet.kernels.nf4 import NF4Weight, dequantize_nf4_reference, kernel_takes
 
 ALIGNED = 64  # elements that each projection's place is a multiple of
 BLOCKS = 64  # blocks of 64 weights that a program dequantizes
 BORDER = 16  # rows or columns of margin that a program writes, so many of the others at a time: registers that these
 STRIP = 16  # take are taken from the programs that dequantize, which want many of themselves on a multiprocessor
-FIELDS = 24  # of a projection in the table
+FIELDS = 28  # of a projection in the table
 
 
 @dataclass(frozen=True, eq=False)
 class ProjectionWeight:
-    """One projection: its weight, the A and B of its parts (rank 0 for a part without), their scales, and R."""
+    """One projection: its weight, A and B of its parts (rank 0 for a part without), their scales, R, and a bias [N]."""
 
     weight: NF4Weight
     downs: Sequence[Tensor]
     ups: Sequence[Tensor]
     scales: Sequence[float]
     margin: int
+    bias: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -41,28 +45,75 @@ class ProjectionWeight:
         return self.weight.rows + self.margin, self.weight.columns + self.margin
 
 
+class Place(NamedTuple):
+    """Where a projection's three parts begin in the buffer, and how far apart their rows are, in elements.
+
+    The weight; s B at its right, or apart; A below it, or apart.
+    """
+
+    weight: int
+    right: int
+    below: int
+    weight_stride: int
+    right_stride: int
+    below_stride: int
+
+
 @dataclass(eq=False)
 class LayerWeights:
-    """The projections of one layer, and the table of their addresses, made again when an adapter has moved."""
+    """The projections of one layer, and the table of their addresses, made again when an adapter has moved.
+
+    apart: the adapters alone, B of [N, R] and A of [R, K] one after the other, and no weights.
+    """
 
     projections: Sequence[ProjectionWeight]
+    dtype: torch.dtype
+    apart: bool = False
     _addresses: tuple[int, ...] = ()
     _table: tuple[Tensor, Tensor, list[Tensor]] | None = field(default=None)
 
-    @property
-    def places(self) -> list[int]:
-        """Where each projection begins in the buffer, and the buffer's size, in elements."""
-        places = [0]
+    @cached_property
+    def places(self) -> list[Place]:
+        places, end = [], 0
         for p in self.projections:
-            rows, columns = p.shape
-            places.append(places[-1] + -(-rows * columns // ALIGNED) * ALIGNED)
+            rows, columns, margin = p.weight.rows, p.weight.columns, p.margin
+            if self.apart:
+                below = _aligned(end + rows * margin)
+                places.append(Place(0, end, below, 0, margin, columns))
+                end = _aligned(below + margin * columns)
+            else:
+                stride = columns + margin
+                places.append(Place(end, end + columns, end + rows * stride, stride, stride, stride))
+                end = _aligned(end + (rows + margin) * stride)
         return places
+
+    @property
+    def size(self) -> int:
+        """Elements of the buffer."""
+        last, p = self.places[-1], self.projections[-1]
+        return _aligned(last.below + p.margin * last.below_stride)
 
     def table(self) -> tuple[Tensor, Tensor]:
         addresses = tuple(x.data_ptr() for p in self.projections for x in (*p.downs, *p.ups))
         if addresses != self._addresses or self._table is None:
-            self._addresses, self._table = addresses, _table(self.projections, self.places)
+            self._addresses, self._table = addresses, _table(self)
         return self._table[0], self._table[1]
+
+    def views(self, out: Tensor) -> list[Tensor]:
+        """[N + R, K + R] of each projection in its buffer; where they are apart, B and A of each in turn."""
+        found = []
+        for p, place in zip(self.projections, self.places, strict=True):
+            rows, columns = p.shape
+            if self.apart:
+                found.append(out[place.right :][: p.weight.rows * p.margin].view(p.weight.rows, p.margin))
+                found.append(out[place.below :][: p.margin * p.weight.columns].view(p.margin, p.weight.columns))
+            else:
+                found.append(out[place.weight :][: rows * columns].view(rows, columns))
+        return found
+
+
+def _aligned(elements: int) -> int:
+    return -(-elements // ALIGNED) * ALIGNED
 
 
 def takes(projections: Sequence[ProjectionWeight]) -> bool:
@@ -84,49 +135,54 @@ def takes(projections: Sequence[ProjectionWeight]) -> bool:
 
 
 def layer_weights_reference(layer: LayerWeights, out: Tensor) -> None:
-    for p, place in zip(layer.projections, layer.places, strict=False):
-        rows, columns = p.shape
-        e = out[place : place + rows * columns].view(rows, columns)
-        dequantize_nf4_reference(p.weight, out=e[: p.weight.rows, : p.weight.columns])
+    views = layer.views(out)
+    for i, p in enumerate(layer.projections):
+        if layer.apart:
+            lay_out(views[2 * i + 1], views[2 * i], p.downs, p.ups, p.scales, p.bias)
+            continue
+        rows, columns = p.weight.rows, p.weight.columns
+        dequantize_nf4_reference(p.weight, out=views[i][:rows, :columns])
         if p.margin:
-            extend_reference(e, p.downs, p.ups, p.scales, p.weight.rows, p.weight.columns)
+            extend(views[i], p.downs, p.ups, p.scales, rows, columns, p.bias)
 
 
-def _table(projections: Sequence[ProjectionWeight], places: Sequence[int]) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _table(layer: LayerWeights) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The table, the scales, and what the table points at and nobody else holds."""
     entries, scales, made, first = [], [], [], 0
-    for p, place in zip(projections, places, strict=False):
+    for p, place in zip(layer.projections, layer.places, strict=True):
         w, missing = p.weight, MOST_PARTS - len(p.downs)
         assert w.absmax2 is not None
         assert w.offset is not None
         offset = w.offset.reshape(-1)
         if offset.numel() == 1:
             offset = offset.expand_as(w.absmax2).contiguous()
-            made.append(offset)
-        dequantize, right, below = _programs(p)
+        bias = None if p.bias is None else p.bias.to(layer.dtype)
+        made += [offset] if bias is None else [offset, bias]
+        dequantize, right, below = _programs(p, layer.apart)
         entry = [
             w.packed.data_ptr(), w.absmax.data_ptr(), w.absmax2.data_ptr(), offset.data_ptr(),
-            place, w.rows, w.columns, p.margin, first, first + dequantize, first + dequantize + right,
+            place.weight, w.rows, w.columns, p.margin, first, first + dequantize, first + dequantize + right,
             *[x.data_ptr() for x in p.downs], *[0] * missing,
             *[x.data_ptr() for x in p.ups], *[0] * missing,
             *[x.shape[0] for x in p.ups], *[0] * missing,
             *[x.shape[0] for x in p.downs], *[0] * missing,
+            0 if bias is None else bias.data_ptr(),
+            place.right, place.below, place.right_stride, place.below_stride,
         ]  # fmt: skip
-        entries.append(entry + [0] * (FIELDS - len(entry)))
+        assert len(entry) == FIELDS
+        entries.append(entry)
         scales.append([*p.scales, *[0.0] * missing])
         first += dequantize + right + below
-    device = projections[0].weight.packed.device
-    table = torch.tensor(entries, dtype=torch.int64).to(device)
-    kept = torch.tensor(scales, dtype=torch.float32).to(device)
-    return table, kept, made
+    device = layer.projections[0].weight.packed.device
+    return torch.tensor(entries, dtype=torch.int64).to(device), torch.tensor(scales).to(device), made
 
 
-def _programs(p: ProjectionWeight) -> tuple[int, int, int]:
+def _programs(p: ProjectionWeight, apart: bool) -> tuple[int, int, int]:
     """Programs that dequantize, that write the margin at the right, and that below."""
-    blocks = -(-p.weight.rows * p.weight.columns // 64)
+    dequantize = 0 if apart else -(-p.weight.rows * p.weight.columns // (64 * BLOCKS))
     if not p.margin:
-        return -(-blocks // BLOCKS), 0, 0
-    return -(-blocks // BLOCKS), -(-p.weight.rows // BORDER), -(-p.weight.columns // BORDER)
+        return dequantize, 0, 0
+    return dequantize, -(-p.weight.rows // BORDER), -(-p.weight.columns // BORDER)
 
 
 @jit
@@ -140,9 +196,7 @@ def _layer_weights_kernel(
     for other in tl.static_range(1, PROJECTIONS):
         p += (program >= tl.load(table + other * FIELDS + 8)).to(tl.int32)
     entry = table + p * FIELDS
-    out = out_ptr + tl.multiple_of(tl.load(entry + 4), 16)
     rows, columns, margin = tl.load(entry + 5), tl.load(entry + 6), tl.load(entry + 7)
-    stride = columns + margin
     program -= tl.load(entry + 8)
     right = tl.load(entry + 9) - tl.load(entry + 8)
     below = tl.load(entry + 10) - tl.load(entry + 8)
@@ -151,6 +205,8 @@ def _layer_weights_kernel(
         absmax_ptr = tl.load(entry + 1).to(tl.pointer_type(tl.uint8))
         absmax2_ptr = tl.load(entry + 2).to(tl.pointer_type(tl.float32))
         offset_ptr = tl.load(entry + 3).to(tl.pointer_type(tl.float32))
+        out = out_ptr + tl.multiple_of(tl.load(entry + 4), 16)
+        stride = columns + margin
         words = rows * columns // 8
         block = program * BLOCKS + tl.arange(0, BLOCKS)
         inside = block * 8 < words
@@ -180,6 +236,9 @@ def _layer_weights_kernel(
             b1 = tl.load(entry + 15).to(pointer)
             b2 = tl.load(entry + 16).to(pointer)
             row = ((program - right) * BORDER + tl.arange(0, BORDER))[:, None]
+            bias = tl.load(entry + 23).to(tl.pointer_type(out_ptr.dtype.element_ty))
+            out = out_ptr + tl.load(entry + 24)
+            stride = tl.load(entry + 26)
             s = scales + p * 3
             for c in range(0, margin, STRIP):
                 column = (c + tl.arange(0, STRIP))[None, :]
@@ -189,12 +248,16 @@ def _layer_weights_kernel(
                 x = tl.load(b0 + row * r0 + column, mask=m0, other=0.0) * tl.load(s)
                 x += tl.load(b1 + (row - n0) * r1 + (column - r0), mask=m1, other=0.0) * tl.load(s + 1)
                 x += tl.load(b2 + (row - n0 - n1) * r2 + (column - r0 - r1), mask=m2, other=0.0) * tl.load(s + 2)
+                last = (row < rows) & (column == r0 + r1 + r2) & (tl.load(entry + 23) != 0)
+                x += tl.load(bias + row + 0 * column, mask=last, other=0.0).to(tl.float32)
                 inside = (row < rows) & (column < margin)
-                tl.store(out + row * stride + columns + column, x.to(out_ptr.dtype.element_ty), mask=inside)
+                tl.store(out + row * stride + column, x.to(out_ptr.dtype.element_ty), mask=inside)
         else:  # A under W
             a0 = tl.load(entry + 11).to(pointer)
             a1 = tl.load(entry + 12).to(pointer)
             a2 = tl.load(entry + 13).to(pointer)
+            out = out_ptr + tl.load(entry + 25)
+            stride = tl.load(entry + 27)
             k = ((program - below) * BORDER + tl.arange(0, BORDER))[None, :]
             in_k = k < columns
             for c in range(0, margin, STRIP):
@@ -203,13 +266,15 @@ def _layer_weights_kernel(
                 y += tl.load(a1 + (i - r0) * columns + k, mask=in_k & (i >= r0) & (i < r0 + r1), other=0.0)
                 m = in_k & (i >= r0 + r1) & (i < r0 + r1 + r2)
                 y += tl.load(a2 + (i - r0 - r1) * columns + k, mask=m, other=0.0)
-                tl.store(out + (rows + i) * stride + k, y.to(out_ptr.dtype.element_ty), mask=in_k & (i < margin))
+                tl.store(out + i * stride + k, y.to(out_ptr.dtype.element_ty), mask=in_k & (i < margin))
 
 
 def layer_weights_triton(layer: LayerWeights, out: Tensor) -> None:
     table, scales = layer.table()
     first = layer.projections[0]
-    programs = sum(sum(_programs(p)) for p in layer.projections)
+    programs = sum(sum(_programs(p, layer.apart)) for p in layer.projections)
+    if programs == 0:
+        return
     _layer_weights_kernel[(programs,)](
         table, scales, first.weight.code, first.weight.code2, scales, out,
         PROJECTIONS=len(layer.projections), BLOCKS=BLOCKS, BORDER=BORDER, STRIP=STRIP, FIELDS=FIELDS, num_warps=4,
@@ -217,11 +282,8 @@ def layer_weights_triton(layer: LayerWeights, out: Tensor) -> None:
     )  # fmt: skip
 
 
-def layer_weights(layer: LayerWeights, dtype: torch.dtype) -> list[Tensor]:
-    """[N + R, K + R] of each projection in `dtype`: views of one new buffer. Needs `takes`."""
-    out = torch.empty(layer.places[-1], dtype=dtype, device=layer.projections[0].weight.packed.device)
+def layer_weights(layer: LayerWeights) -> list[Tensor]:
+    """[N + R, K + R] of each projection, or B [N, R] and A [R, K] of each: views of one new buffer. Needs `takes`."""
+    out = torch.empty(layer.size, dtype=layer.dtype, device=layer.projections[0].weight.packed.device)
     (layer_weights_triton if out.is_cuda else layer_weights_reference)(layer, out)
-    return [
-        out[place : place + p.shape[0] * p.shape[1]].view(p.shape)
-        for p, place in zip(layer.projections, layer.places, strict=False)
-    ]
+    return layer.views(out)

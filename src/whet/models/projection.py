@@ -95,16 +95,15 @@ class Projection:
             extend(e, downs, ups, [part.scale for part in self.parts], rows, columns, self._bias(e))
         return self.beside(e)
 
-    def fp8_weights(self, dtype: torch.dtype, device: torch.device) -> Weights:
-        """The base in FP8, adapters in `dtype`. Needs `fp8_base`."""
-        assert self.fp8_base is not None
+    def borders(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """s B [N, R], with the bias, and A [R, K]."""
         margin = self.margin(device)
-        down = torch.empty(margin, self.columns, dtype=dtype, device=device)
         up = torch.empty(self.rows, margin, dtype=dtype, device=device)
+        down = torch.empty(margin, self.columns, dtype=dtype, device=device)
         if margin:
             downs, ups = self._adapters(down)
             lay_out(down, up, downs, ups, [part.scale for part in self.parts], self._bias(down))
-        return Fp8Weights(self.fp8_base, down.T, up)
+        return up, down
 
     @cached_property
     def fp8_base(self) -> Fp8Base | None:
@@ -123,13 +122,14 @@ class Projection:
     @cached_property
     def in_one_launch(self) -> ProjectionWeight | None:
         """For kernels/layer_weights.py; None where its kernel can't lay out this projection."""
-        if len(self._stacked) > 1 or not isinstance(self._stacked[0], NF4Weight) or self.biased:
+        if len(self._stacked) > 1 or not isinstance(self._stacked[0], NF4Weight):
             return None
         weight = self._stacked[0]
         like = torch.empty(0, device=weight.packed.device)
         downs = [p.down if p.down is not None else like.new_empty(0, self.columns) for p in self.parts]
         ups = [p.up if p.up is not None else like.new_empty(p.rows, 0) for p in self.parts]
-        return ProjectionWeight(weight, downs, ups, [p.scale for p in self.parts], self.margin(like.device))
+        scales = [p.scale for p in self.parts]
+        return ProjectionWeight(weight, downs, ups, scales, self.margin(like.device), self._bias(like.to(weight.dtype)))
 
     def beside(self, e: Tensor) -> Weights:
         return BesideWeights(e, self.rows, self.columns)
@@ -184,21 +184,29 @@ class Projections:
     def __post_init__(self) -> None:
         self.all = (self.qkv, self.o, self.gate_up, self.down)
         self.parameters = tuple(x for p in self.all for x in p.parameters)
+        self._laid_out: dict[tuple[torch.dtype, bool], layer_weights.LayerWeights | None] = {}
 
     def weights(self, dtype: torch.dtype, device: torch.device, *, fp8: bool = False) -> LayerWeights:
-        """All four dequantized, in one launch where that can be; or in FP8."""
+        """All four dequantized, the adapters beside them; or, in FP8, to be so. In one launch where that can be."""
+        together = self._in_one_launch(dtype, apart=fp8)
         if fp8:
-            return LayerWeights(*(p.fp8_weights(dtype, device) for p in self.all))
-        if self._together is None:
+            if together is not None:
+                laid_out = layer_weights.layer_weights(together)
+                borders = list(zip(laid_out[::2], laid_out[1::2], strict=True))
+            else:
+                borders = [p.borders(dtype, device) for p in self.all]
+            return LayerWeights(*(Fp8Weights(p.fp8_base, *b) for p, b in zip(self.all, borders, strict=True)))
+        if together is None:
             return LayerWeights(*(p.weights(dtype, device) for p in self.all))
-        laid_out = layer_weights.layer_weights(self._together, dtype)
+        laid_out = layer_weights.layer_weights(together)
         return LayerWeights(*(p.beside(e) for p, e in zip(self.all, laid_out, strict=True)))
 
-    @cached_property
-    def _together(self) -> layer_weights.LayerWeights | None:
-        found = [p.in_one_launch for p in self.all]
-        known = [x for x in found if x is not None]
-        return layer_weights.LayerWeights(known) if len(known) == 4 and layer_weights.takes(known) else None
+    def _in_one_launch(self, dtype: torch.dtype, *, apart: bool) -> layer_weights.LayerWeights | None:
+        if (dtype, apart) not in self._laid_out:
+            known = [x for x in (p.in_one_launch for p in self.all) if x is not None]
+            fits = len(known) == 4 and layer_weights.takes(known)
+            self._laid_out[dtype, apart] = layer_weights.LayerWeights(known, dtype, apart) if fits else None
+        return self._laid_out[dtype, apart]
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -71,8 +71,9 @@ class Fp8Base:
 class Fp8Weights:
     """The base in FP8 (E4M3), each operand's rows scaled to its range; adapters and bias in 16 bits, added after."""
 
-    def __init__(self, frozen: Fp8Base, down: Tensor, up: Tensor):
-        self._frozen, self.down, self.up = frozen, down, up
+    def __init__(self, frozen: Fp8Base, up: Tensor, down: Tensor):
+        """up [N, R] is s B with the bias; down [R, K] is A."""
+        self._frozen, self.down, self.up = frozen, down.T, up
         margin = up.shape[1]
         self.width_in, self.width_out = frozen.weight.columns + margin, frozen.weight.rows + margin
 
