@@ -26,7 +26,8 @@ from whet.models import activations, attention
 from whet.models.activations import HostMemory, Policy
 from whet.models.block import Block
 from whet.models.families import FamilySpec, LayerShape, Norm, family, projections, read_norm, read_shape
-from whet.models.projection import LayerReader, Reader, accurate, lay_together
+from whet.models.projection import accurate
+from whet.models.reading import LayerReader, Reader, lay_together
 
 log = logging.getLogger("whet")
 
