@@ -79,6 +79,7 @@ def test_a_folder_as_recipe(folder: Path, here: Here) -> None:
         (TEXT.replace("adapter:\n  r: 4\n  dropout: 0.1", "adapter: null").replace("32bit", "nf4"), "use load: 16bit"),
         (TEXT.replace("data:\n", "data:\n  eval_sources: [{path: rows.jsonl}]\n"), "both hold rows out"),
         (TEXT.replace("name: colours", "name: ../colours"), "recipe.yaml:1: name"),
+        (TEXT + "budget: {gpu_memory: 0GiB}\n", "budget.gpu_memory: '0GiB' is not an amount of memory"),
     ],
 )
 def test_a_faulty_recipe(folder: Path, here: Here, text: str, sign: str) -> None:

@@ -27,7 +27,7 @@ from whet.export.merge import save_merged
 from whet.models import activations, fused
 from whet.models.load import load
 from whet.models.lora import add_lora
-from whet.plan.fit import parse_memory
+from whet.units import parse_memory
 
 LEAST_TILE = 1024  # tokens
 LEAST_MEMORY = replace(activations.MOST, offload=True)
@@ -78,6 +78,7 @@ class FastLanguageModel:
             raise WhetError(
                 f"must be a positive number of tokens, not {max_seq_length!r}", where="max_seq_length", fix="2048"
             )
+        budget = None if gpu_memory is None else _bytes(gpu_memory)
         if load_in_8bit and load_in_16bit:
             raise WhetError(
                 "the base can be held in one precision only", where="load_in_8bit, load_in_16bit", fix="set one"
@@ -95,8 +96,8 @@ class FastLanguageModel:
         model.config.use_cache = False
         _set_checkpointing(model, use_gradient_checkpointing)
         shared = fused.shared_of(model)
-        if shared is not None and gpu_memory is not None:
-            shared.budget = parse_memory(gpu_memory)
+        if shared is not None:
+            shared.budget = budget
         _attach(model)
         return model, tokenizer
 
@@ -218,6 +219,13 @@ def _refuse_unsupported(kwargs: dict[str, Any]) -> None:
             raise WhetError(f"{meaning} is not supported yet", where=name, fix=f"leave {name} out")
     for name in ("max_lora_rank", "gpu_memory_utilization"):
         kwargs.pop(name, None)  # settings of fast_inference, without effect when it is off
+
+
+def _bytes(gpu_memory: str | float) -> float:
+    try:
+        return parse_memory(gpu_memory)
+    except ValueError as error:
+        raise WhetError(str(error), where="gpu_memory", fix='"24GiB", or 24') from None
 
 
 def _check_checkpointing(value: bool | str) -> None:

@@ -22,6 +22,7 @@ from whet.evals.heldout import compare
 from whet.export.gguf_model import check_convertible, save_gguf
 from whet.export.merge import save_merged
 from whet.files import write_text
+from whet.models.fused import path_of
 from whet.recipe import Recipe
 from whet.recipe_data import prepare_data
 from whet.recipe_model import config_of, load_base, load_for_training, load_tuned, tokenizer_of
@@ -102,7 +103,8 @@ def train(run: Run, folder: Path, console: Console) -> Summary:
         plot_loss(steps, folder / "loss.png", title=run.recipe.name)
     except WhetError as error:  # what was learned is worth more than its picture
         console.print(f"[yellow]no loss.png:[/] {escape(error.what)}; {escape(error.fix or '')}")
-    return {"steps": len(steps), "first loss": round(steps[0]["loss"], 4), "last loss": round(steps[-1]["loss"], 4)}
+    losses = {"first loss": round(steps[0]["loss"], 4), "last loss": round(steps[-1]["loss"], 4)}
+    return {"steps": len(steps), **losses, "layers": path_of(model)}
 
 
 def evaluate(run: Run, folder: Path, console: Console) -> Summary:

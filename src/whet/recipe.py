@@ -10,7 +10,6 @@ import glob
 import hashlib
 import json
 import os
-import re
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from whet.errors import WhetError, WhetErrors
 from whet.recipe_faults import Document, explain, read_yaml
+from whet.units import parse_memory
 
 Format = Literal["auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text", "preference"]
 GGUFType = Literal["f32", "f16", "bf16", "q8_0", "q4_k_m"]
@@ -114,8 +114,8 @@ class Budget(Part):
     @field_validator("gpu_memory", mode="after")
     @classmethod
     def _an_amount(cls, amount: str | None) -> str | None:
-        if amount is not None and not re.fullmatch(r"\s*\d*\.?\d+\s*[GM]i?B\s*", amount, re.IGNORECASE):
-            raise ValueError(f'{amount!r} is not an amount of memory; write "24GiB"')
+        if amount is not None:
+            parse_memory(amount)
         return amount
 
 

@@ -16,10 +16,11 @@ SOURCE = ROOT / "src" / "whet"
 MODULES = sorted(SOURCE.rglob("*.py"))
 
 EVERYTHING = "*"
-COMMON = {"errors", "files"}
+COMMON = {"errors", "files", "units"}
 MAY_IMPORT = {
     "errors": "",
     "files": "",
+    "units": "",
     "kernels": "",
     "quant": "",
     "models": "kernels quant",
@@ -34,7 +35,7 @@ MAY_IMPORT = {
     "train": "models data plan recipe runs",
     "export": "models quant",
     "serve": "models data export",
-    "language_model": "models export plan",
+    "language_model": "models export",
     "recipe_model": "recipe data models language_model",
     "__init__": "",
     "compat": EVERYTHING,

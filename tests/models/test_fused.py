@@ -118,6 +118,22 @@ def test_other_adapters_train_on_the_generic_path_and_it_is_said_once(
     assert all(p.grad is not None and p.grad.isfinite().all() for p in harness.adapter(model).values())
 
 
+@pytest.mark.parametrize(
+    ("options", "path"),
+    [
+        ({}, "fused"),
+        ({"lora_dropout": 0.1}, "generic: LoRA dropout"),
+        ({"lora_dropout": 0.1, "layers_to_transform": [0]}, "fused, but for 1 of 2: LoRA dropout"),
+    ],
+)
+def test_the_path_is_told(llama: Path, options: dict[str, Any], path: str) -> None:
+    assert fused.path_of(adapted(llama, **options)) == path
+
+
+def test_the_path_of_other_models_is_told(llama: Path) -> None:
+    assert fused.path_of(harness.plain_model(llama, "llama", "fp32")) == "generic: another kind of layer"
+
+
 def test_dropout_is_off_in_evaluation_and_the_block_on(llama: Path, layers_run: list[Any]) -> None:
     model = adapted(llama, lora_dropout=0.1).eval()
     model(IDS, use_cache=False)

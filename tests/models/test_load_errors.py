@@ -177,3 +177,10 @@ def test_an_unknown_precision(llama: Path) -> None:
 def test_arguments_that_can_not_be_had(llama: Path, arguments: dict[str, Any], where: str) -> None:
     """Catches a switch that is taken and ignored."""
     assert refused(llama, **arguments).where == where
+
+
+@pytest.mark.parametrize("amount", ["lots", "24", 0, -3])
+def test_an_amount_of_memory_that_is_none(tiny_llama: Path, amount: object) -> None:
+    """Catches a budget that is found wrong only when training starts."""
+    with pytest.raises(WhetError, match=r"gpu_memory.*24GiB"):
+        FastLanguageModel.from_pretrained(str(tiny_llama), gpu_memory=amount)  # type: ignore[arg-type]

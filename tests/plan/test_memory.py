@@ -11,11 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from whet.errors import WhetError
 from whet.models.activations import ALL, ATTENTION, INPUT, MOST
 from whet.models.families import FamilySpec, LayerShape, Norm
 from whet.plan import memory
-from whet.plan.fit import describe, parse_memory
+from whet.plan.fit import describe
 from whet.plan.memory import GIB, HOPPER, Plan, Sizes
 
 NORM = Norm(nn.Parameter(torch.ones(1)), 1e-5)
@@ -98,17 +97,3 @@ def test_what_cannot_fit_is_none_and_the_leanest_says_what_it_takes() -> None:
     assert choose(5.8) is None
     lean = memory.leanest(SIZES, STATIC, 4096)
     assert 5.8 * GIB < lean.peak < memory.peak(SIZES, STATIC, {ALL: 32}, 4096)
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("24GiB", 24 * GIB), ("24 GB", 24e9), ("512mib", 512 * 2**20), (6.77, 6.77 * GIB), (24, 24 * GIB)],
-)
-def test_amounts_of_memory(text: str | float, size: float) -> None:
-    assert parse_memory(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "24", "24 apples", "-3GiB", "0GiB", 0, -1, True, None])
-def test_what_is_no_amount_of_memory_is_refused(text: object) -> None:
-    with pytest.raises(WhetError, match="24GiB"):
-        parse_memory(text)  # type: ignore[arg-type]

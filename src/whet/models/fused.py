@@ -302,3 +302,17 @@ def _fuse_layer(layer: nn.Module, index: int, spec: FamilySpec, shape: LayerShap
 def shared_of(model: nn.Module) -> Shared | None:
     """What the fused layers of a model share, or None where it has none."""
     return next((m._whet for m in model.modules() if isinstance(m, FusedLayer)), None)
+
+
+def path_of(model: nn.Module) -> str:
+    """How the model's layers run as they now stand: "fused", "generic: REASON", or how many of them each."""
+    layers = [m for m in model.modules() if isinstance(m, FusedLayer)]
+    reasons = Counter(str(found) for layer in layers if isinstance(found := layer._whet_reader.read(), str))
+    total = model.config.get_text_config().num_hidden_layers
+    if len(layers) < total:
+        reasons["another kind of layer"] += total - len(layers)
+    if not reasons:
+        return "fused"
+    generic = ", ".join(reasons)
+    count = sum(reasons.values())
+    return f"generic: {generic}" if count == total else f"fused, but for {count} of {total}: {generic}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections import Counter
 from dataclasses import replace
 from functools import cache
@@ -24,17 +23,6 @@ log = logging.getLogger("whet")
 
 OPTIMIZER_BUFFERS = 32 * 2**20  # train/optimizer.py's
 EIGHT_BIT = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "lion_8bit")
-
-
-def parse_memory(text: str | float | int) -> float:
-    """Bytes of "24GiB", "24GB", or of a number of GiB. Raises WhetError for what is neither."""
-    if isinstance(text, int | float) and not isinstance(text, bool) and text > 0:
-        return float(text) * GIB
-    units = {"gib": GIB, "gb": 10**9, "mib": 2**20, "mb": 10**6}
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(gib|gb|mib|mb)\s*", str(text), re.IGNORECASE)
-    if not found or float(found[1]) == 0:
-        raise WhetError(f"{text!r} is not an amount of memory", where="gpu_memory", fix='write "24GiB", or 24')
-    return float(found[1]) * units[found[2].lower()]
 
 
 def sizes_of(model: nn.Module) -> Sizes | None:
