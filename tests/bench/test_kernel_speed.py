@@ -6,7 +6,6 @@ On a machine without one, kernels run in Triton's interpreter or as their refere
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 import json
 import os
@@ -17,29 +16,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import whet.kernels
+from tests.bench.scripts import load
 from whet.kernels._triton import HAVE_TRITON
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "bench" / "kernel_speed.py"
 # of the kernels' files: they launch nothing, or once for a model
 HELPERS = {"chunk_rows", "lay_out", "kernel_takes", "stack", "supported", "takes", "weight_scales"}
-
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"bench_{name}", SCRIPT.with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
 
 
 bench = load("kernel_speed")

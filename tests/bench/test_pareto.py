@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import random
 import subprocess
 import sys
 from itertools import combinations
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+
+from tests.bench.scripts import load
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "bench" / "pareto.py"
@@ -21,17 +21,7 @@ WORK = {"model": "8b", "bs": 2, "ga": 4, "seq": 2048, "gc": "on", "bits": 4, "r"
 WORK |= {"full": False, "mixed": False, "packing": False}
 
 
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_pareto", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-pareto = load()
+pareto = load("pareto")
 
 
 def line(engine: str, tok_s: float, gib: float | None, run_id: str | None = "one", **work: Any) -> dict[str, Any]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+
+from tests.bench.scripts import load
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "bench" / "timeline.py"
@@ -19,17 +19,7 @@ WORK |= {"full": False, "mixed": False, "packing": False}
 VOCABULARY = 128256
 
 
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_timeline", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-trace = load()
+trace = load("timeline")
 Event = trace.Event
 
 

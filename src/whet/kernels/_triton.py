@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
+
 try:
     import triton
     import triton.language as tl
 except ImportError:  # torch brings triton along on Linux with CUDA, and nowhere else
     triton = tl = None
 
-__all__ = ["HAVE_TRITON", "jit", "tl", "triton"]
+__all__ = ["HAVE_TRITON", "fused", "jit", "tl", "triton"]
 
 HAVE_TRITON = triton is not None
 
@@ -19,3 +22,8 @@ HAVE_TRITON = triton is not None
 def jit(function: Callable[..., Any]) -> Any:
     """`triton.jit`, or the function as it is."""
     return triton.jit(function) if HAVE_TRITON else function
+
+
+def fused(x: Tensor) -> bool:
+    """Whether the kernels take x: on a GPU with Triton, and not in fp64, which they would round."""
+    return x.is_cuda and HAVE_TRITON and x.dtype != torch.float64

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from whet.kernels._precision import wide_dtype
 from whet.kernels._triton import HAVE_TRITON
 from whet.kernels.flash import flash_backward_triton, flash_triton
 
@@ -245,7 +246,7 @@ def attention_reference(
 ) -> tuple[Tensor, Tensor]:
     """The output in q's dtype, and lse [H, T]."""
     out = q_THd.new_empty(q_THd.shape)
-    lse = torch.empty(q_THd.shape[1], q_THd.shape[0], dtype=_accurate(q_THd), device=q_THd.device)
+    lse = torch.empty(q_THd.shape[1], q_THd.shape[0], dtype=wide_dtype(q_THd.dtype), device=q_THd.device)
     groups = k_TGd.shape[1]
     for start, n, length in _spans(layout, q_THd):
         tokens = slice(start, start + n * length)
@@ -304,10 +305,6 @@ def attention_backward_reference(
     return dq_THd, dk_TGd, dv_TGd
 
 
-def _accurate(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def _spans(layout: Layout, q_THd: Tensor) -> Iterator[tuple[int, int, int]]:
     """Neighbours of one length that are worked on together, as (first token, documents, length)."""
     if layout.longest == 1:
@@ -340,13 +337,13 @@ def _tile_size(x: Tensor) -> int:
 def _by_head(x: Tensor, n: int) -> Tensor:
     """[n L, G, d] -> [n G, L, d], accurate and contiguous."""
     x = x.view(n, -1, *x.shape[1:]).transpose(1, 2)
-    return x.to(_accurate(x), memory_format=torch.contiguous_format).reshape(-1, *x.shape[2:])
+    return x.to(wide_dtype(x.dtype), memory_format=torch.contiguous_format).reshape(-1, *x.shape[2:])
 
 
 def _flat(x: Tensor, factor: float | None = None) -> Tensor:
     """[n, b, G, r, d] -> [n G, r b, d], accurate: the queries that read one key head, as one matrix."""
     x = x.permute(0, 2, 3, 1, 4)
-    x = x.to(_accurate(x)) if factor is None else x.to(_accurate(x)) * factor
+    x = x.to(wide_dtype(x.dtype)) if factor is None else x.to(wide_dtype(x.dtype)) * factor
     return x.reshape(x.shape[0] * x.shape[1], -1, x.shape[4])
 
 

@@ -30,7 +30,8 @@ from typing import NamedTuple
 
 import torch
 
-from whet.kernels._triton import HAVE_TRITON, jit, tl, triton
+from whet.kernels._precision import wide_dtype
+from whet.kernels._triton import fused, jit, tl, triton
 
 CHUNK_BYTES = 128 << 20
 ROWS = 128  # chunks are multiples of it, which GEMM tiles divide
@@ -51,10 +52,6 @@ class LogProbs(NamedTuple):
     lse_N: torch.Tensor | None = None  # logsumexp(z)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 # ---------------------------------------------------------------- one chunk of logits
 
 
@@ -68,7 +65,7 @@ def log_probs_of_logits_reference(
     need_grad: bool = True,
 ) -> None:
     """Write the statistics of a chunk into `out`; overwrite its logits with d log_prob / d logits where `need_grad`."""
-    z_NV = logits_NV.to(_wide(logits_NV.dtype))
+    z_NV = logits_NV.to(wide_dtype(logits_NV.dtype))
     if scale != 1.0:
         z_NV = z_NV * scale
     if softcap is not None:
@@ -228,7 +225,7 @@ def logits_gradient_reference(
     scale: float = 1.0,
 ) -> None:
     """Overwrite the logits of the tokens from `first` on with upstream_i * d log_prob_i / d logits."""
-    z_NC = logits_NC.to(_wide(logits_NC.dtype))
+    z_NC = logits_NC.to(wide_dtype(logits_NC.dtype))
     if scale != 1.0:
         z_NC = z_NC * scale
     if softcap is not None:
@@ -326,11 +323,11 @@ def linear_log_probs(
     A weight in another dtype than h is cast whole. Autograd sees nothing of this.
     """
     N, V = h_ND.shape[0], weight_VD.shape[0]
-    fold = log_probs_of_logits_triton if _fused(h_ND) else log_probs_of_logits_reference
+    fold = log_probs_of_logits_triton if fused(h_ND) else log_probs_of_logits_reference
     with torch.no_grad(), torch.autocast(h_ND.device.type, enabled=False):
         weight_VD = weight_VD.to(h_ND.dtype)
         labels_N = labels_N.contiguous()
-        wide = _wide(h_ND.dtype)
+        wide = wide_dtype(h_ND.dtype)
         lse_N = h_ND.new_empty(N, dtype=wide) if need_lse else None
         result = LogProbs(
             h_ND.new_empty(N, dtype=wide),
@@ -382,11 +379,11 @@ def linear_log_probs_weight_grad(
     chunk_bytes: size of the logits buffer, unless 1024 tokens need more. Autograd sees nothing of this.
     """
     N, V = h_ND.shape[0], weight_VD.shape[0]
-    differentiate = logits_gradient_triton if _fused(h_ND) else logits_gradient_reference
+    differentiate = logits_gradient_triton if fused(h_ND) else logits_gradient_reference
     with torch.no_grad(), torch.autocast(h_ND.device.type, enabled=False):
         dtype = h_ND.dtype
         labels_N = labels_N.contiguous()
-        upstream_N = upstream_N.to(_wide(dtype)).contiguous()
+        upstream_N = upstream_N.to(wide_dtype(dtype)).contiguous()
         dweight_VD = torch.empty_like(weight_VD, memory_format=torch.contiguous_format) if need_weight else None
         dbias_V = torch.empty_like(bias) if need_bias and bias is not None else None
         columns = chunk_rows(V, N * h_ND.element_size(), chunk_bytes, LEAST_COLUMNS)
@@ -409,7 +406,3 @@ def linear_log_probs_weight_grad(
             else:  # rounded as under autocast
                 dweight_VD[part] = logits_NC.T @ h_ND
     return dweight_VD, dbias_V
-
-
-def _fused(h_ND: torch.Tensor) -> bool:
-    return h_ND.is_cuda and HAVE_TRITON and h_ND.dtype != torch.float64

@@ -24,14 +24,7 @@ BLOCK_N, BLOCK_K = 64, 128
 def extend_reference(
     extended: Tensor, downs: Sequence[Tensor], ups: Sequence[Tensor], scales: Sequence[float], rows: int, columns: int
 ) -> None:
-    extended[:rows, columns:].zero_()
-    extended[rows:, :columns].zero_()
-    row, column = 0, 0
-    for down, up, scale in zip(downs, ups, scales, strict=True):
-        rank = down.shape[0]
-        extended[rows + column : rows + column + rank, :columns] = down
-        extended[row : row + up.shape[0], columns + column : columns + column + rank] = up * scale
-        row, column = row + up.shape[0], column + rank
+    lay_out(extended[rows:, :columns], extended[:rows, columns:], downs, ups, scales)
 
 
 @jit

@@ -17,6 +17,7 @@ import math
 
 import torch
 
+from whet.kernels._precision import wide
 from whet.kernels._triton import HAVE_TRITON, jit, tl, triton
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
@@ -24,7 +25,7 @@ ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 
 def glu_reference(gate_up_T2F: torch.Tensor, activation: str, out: torch.Tensor | None = None) -> torch.Tensor:
     """`glu` in torch."""
-    gate, up = _wide(gate_up_T2F).chunk(2, dim=-1)
+    gate, up = wide(gate_up_T2F).chunk(2, dim=-1)
     return _into(_activate(gate, activation)[0] * up, out, gate_up_T2F.dtype)
 
 
@@ -37,7 +38,7 @@ def glu_backward_reference(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`glu_backward` in torch."""
-    gate, up = _wide(gate_up_T2F).chunk(2, dim=-1)
+    gate, up = wide(gate_up_T2F).chunk(2, dim=-1)
     f, df = _activate(gate, activation)
     dact = dact_TF.to(gate.dtype)
     grads = torch.cat((dact * up * df, dact * f), dim=-1)  # whole before a write: `out` may be `gate_up`
@@ -57,10 +58,6 @@ def _activate(z: torch.Tensor, activation: str) -> tuple[torch.Tensor, torch.Ten
         return z * s, s + z * s * (1 - s) * 2 * c * (1 + 3 * 0.044715 * z * z)
     cdf = 0.5 * torch.special.erfc(-z / math.sqrt(2))
     return z * cdf, cdf + z * torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _into(values: torch.Tensor, out: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:

@@ -15,20 +15,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from whet.kernels._triton import HAVE_TRITON, jit, tl, triton
+from whet.kernels._precision import wide
+from whet.kernels._triton import fused, jit, tl, triton
 
 _BACKWARD_PROGRAMS = 528  # with a weight gradient: four for each of an H100's 132 SMs, and one partial sum each
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def rms_norm_reference(
     x_TD: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0, residual: Tensor | None = None
 ) -> Tensor:
     """Not rounded: fp32 or fp64."""
-    x = _wide(x_TD)
+    x = wide(x_TD)
     y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * (offset + weight_D.to(x.dtype))
     return y if residual is None else residual.to(x.dtype) + y
 
@@ -42,7 +39,7 @@ def rms_norm_backward_reference(
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dx and dw, not rounded: fp32 or fp64."""
-    x = _wide(x_TD)
+    x = wide(x_TD)
     dy = dy_TD.to(x.dtype)
     rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     xhat = x * rstd
@@ -153,10 +150,6 @@ def rms_norm_backward_triton(
         weight_grad += partials.sum(0)
 
 
-def _fused(x: Tensor) -> bool:
-    return x.is_cuda and HAVE_TRITON and x.dtype != torch.float64
-
-
 def rms_norm(
     x_TD: Tensor,
     weight_D: Tensor,
@@ -169,7 +162,7 @@ def rms_norm(
     """[residual +] norm(x). out may be x or residual."""
     if out is None:
         out = torch.empty(x_TD.shape, device=x_TD.device, dtype=x_TD.dtype)
-    if _fused(x_TD):
+    if fused(x_TD):
         rms_norm_triton(x_TD, weight_D, eps, offset, residual, out)
         return out
     return out.copy_(rms_norm_reference(x_TD, weight_D, eps, offset, residual))
@@ -192,7 +185,7 @@ def rms_norm_backward(
     """
     if out is None:
         out = torch.empty(dy_TD.shape, device=dy_TD.device, dtype=dy_TD.dtype)
-    if _fused(x_TD):
+    if fused(x_TD):
         rms_norm_backward_triton(dy_TD, x_TD, weight_D, eps, offset, residual, weight_grad, out)
         return out
     dx, dw = rms_norm_backward_reference(dy_TD, x_TD, weight_D, eps, offset, residual)

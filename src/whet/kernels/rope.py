@@ -17,15 +17,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from whet.kernels._triton import HAVE_TRITON, jit, tl, triton
+from whet.kernels._precision import wide
+from whet.kernels._triton import fused, jit, tl, triton
 
 _WARPS = 2
 _TILE = 1024  # values of each half of the heads in a program: 16 a thread, two 16-byte loads of bf16
 _GRADIENT_SLOTS = 512  # programs that share the tokens of one head block where a norm weight's gradient is summed
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _rows(table: Tensor, T: int, dtype: torch.dtype) -> Tensor:
@@ -69,7 +66,7 @@ def rope_reference(
 ) -> Tensor:
     """Not rounded: fp32 or fp64."""
     (T, W), n = qkv_TW.shape, q_heads + 2 * kv_heads
-    heads = _wide(qkv_TW).view(T, n, W // n)
+    heads = wide(qkv_TW).view(T, n, W // n)
     q, k, v = heads[:, :q_heads], heads[:, q_heads:-kv_heads], heads[:, -kv_heads:]
     cos, sin = (_rows(table, T, heads.dtype) for table in (cos_PC, sin_PC))
     q = _rotate(_norm(q, q_weight, eps, offset), cos, sin)
@@ -93,7 +90,7 @@ def rope_backward_reference(
 ) -> Tensor:
     """Not rounded: fp32 or fp64. Adds to the weights' gradients."""
     (T, H, d), G = dq_THd.shape, dk_TGd.shape[1]
-    dq, dk, dv = _wide(dq_THd), _wide(dk_TGd), _wide(dv_TGd)
+    dq, dk, dv = wide(dq_THd), wide(dk_TGd), wide(dv_TGd)
     cos, sin = (_rows(table, T, dq.dtype) for table in (cos_PC, sin_PC))
     dq, dk = _rotate(dq, cos, -sin), _rotate(dk, cos, -sin)
     if q_weight is not None or k_weight is not None:
@@ -391,10 +388,6 @@ def rope_backward_triton(
         k_weight_grad += k_partials.sum(0)
 
 
-def _fused(x: Tensor) -> bool:
-    return x.is_cuda and HAVE_TRITON and x.dtype != torch.float64
-
-
 def rope(
     qkv_TW: Tensor,
     cos_PC: Tensor,
@@ -411,7 +404,7 @@ def rope(
     """qkv with q and k normed, where they have weights, and rotated. out may be qkv: v is then left alone."""
     if out is None:
         out = torch.empty(qkv_TW.shape, device=qkv_TW.device, dtype=qkv_TW.dtype)
-    if _fused(qkv_TW):
+    if fused(qkv_TW):
         rope_triton(qkv_TW, cos_PC, sin_PC, q_heads, kv_heads, q_weight, k_weight, eps, offset, out)
         return out
     return out.copy_(rope_reference(qkv_TW, cos_PC, sin_PC, q_heads, kv_heads, q_weight, k_weight, eps, offset))
@@ -442,7 +435,7 @@ def rope_backward(
         heads = dq_THd.shape[1] + 2 * dk_TGd.shape[1]
         out = torch.empty(dq_THd.shape[0], heads * dq_THd.shape[2], device=dq_THd.device, dtype=dq_THd.dtype)
     options = (qkv, q_weight, k_weight, eps, offset, q_weight_grad, k_weight_grad)
-    if _fused(dq_THd):
+    if fused(dq_THd):
         rope_backward_triton(dq_THd, dk_TGd, dv_TGd, cos_PC, sin_PC, *options, out)
         return out
     return out.copy_(rope_backward_reference(dq_THd, dk_TGd, dv_TGd, cos_PC, sin_PC, *options))

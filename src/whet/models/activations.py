@@ -1,7 +1,7 @@
 """What a layer keeps of its forward pass for its backward, and where: on the device, or in pinned host memory.
 
     ALL       everything the backward reads                                        92 KB a token and layer (8B, bf16)
-    MOST      all but gate and up, the output of the widest product                37
+    MOST      all but gate and up, the output of the widest product                36
     ATTENTION the layer's input and attention's output; products run again         16
     INPUT     the layer's input alone; attention runs again too                     8
 
@@ -25,7 +25,10 @@ ALWAYS = frozenset({"o_tail"})
 
 @dataclass(frozen=True)
 class Policy:
-    """Which values of KEPT (models/block.py) stay beside the layer's input, and whether they wait in host memory."""
+    """Which of the values that the backward reads (models/block.py) stay beside the layer's input.
+
+    offload: they wait in host memory.
+    """
 
     keep: frozenset[str]
     offload: bool = False

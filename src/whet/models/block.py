@@ -23,17 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from whet.kernels._precision import wide_dtype
 from whet.kernels.attention import Documents, Rows, attention, attention_backward
 from whet.kernels.glu import glu, glu_backward
 from whet.kernels.rms_norm import rms_norm, rms_norm_backward
 from whet.kernels.rope import rope, rope_backward
 from whet.models.families import LayerShape, Norm
-from whet.models.projection import LayerWeights, Projection, Projections, accurate
+from whet.models.projection import LayerWeights, Projection, Projections
 from whet.models.weights import Weights
 
 Saved = dict[str, Tensor]
-# What the backward reads beside the layer's input, from the dearest to the cheapest to compute again.
-KEPT = ("lse", "o", "m", "qkv", "gate_up")
 TAILS = ("o_tail", "down_tail")  # o A^T and a A^T: some bytes a token, always kept
 
 
@@ -303,7 +302,7 @@ class Block:
             return None
         if norm not in self.norm_grads:
             weight = self.trained_norms[norm].weight
-            self.norm_grads[norm] = torch.zeros_like(weight, dtype=accurate(weight.dtype))
+            self.norm_grads[norm] = torch.zeros_like(weight, dtype=wide_dtype(weight.dtype))
         return self.norm_grads[norm]
 
     def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from whet.kernels._precision import wide_dtype
 from whet.kernels.attention import Documents, Rows
 from whet.kernels.rms_norm import rms_norm, rms_norm_backward
 from whet.models import activations, attention
 from whet.models.activations import HostMemory, Policy
 from whet.models.block import Block
 from whet.models.families import FamilySpec, LayerShape, Norm, family, projections, read_norm, read_shape
-from whet.models.projection import accurate
 from whet.models.reading import LayerReader, Reader, lay_together
 
 log = logging.getLogger("whet")
@@ -246,7 +246,7 @@ class _Norm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,), weight = ctx.saved_tensors, ctx.norm.weight
-        dw = torch.zeros_like(weight, dtype=accurate(weight.dtype)) if ctx.needs_input_grad[1] else None
+        dw = torch.zeros_like(weight, dtype=wide_dtype(weight.dtype)) if ctx.needs_input_grad[1] else None
         dx = rms_norm_backward(grad.flatten(0, -2), x.flatten(0, -2), weight, ctx.norm.eps, ctx.offset, weight_grad=dw)
         return dx.view_as(x), None if dw is None else dw.to(weight.dtype), None, None
 

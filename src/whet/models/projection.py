@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from whet.kernels import layer_weights
+from whet.kernels._precision import wide_dtype
 from whet.kernels.extend import extend, lay_out
 from whet.kernels.fp8 import weight_scales
 from whet.kernels.layer_weights import ProjectionWeight
@@ -156,7 +157,7 @@ class Projection:
                 column = ranks.stop
             for parameter in part.trained:
                 dy = dy_TN[:, rows]
-                found.append(product(dy.T, x_TK) if parameter.ndim == 2 else dy.sum(0, dtype=accurate(dy.dtype)))
+                found.append(product(dy.T, x_TK) if parameter.ndim == 2 else dy.sum(0, dtype=wide_dtype(dy.dtype)))
             row = rows.stop
         return found
 
@@ -207,13 +208,8 @@ class Projections:
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, summed and returned in fp32 whatever the inputs are held in."""
-    if a.dtype == accurate(a.dtype):
+    if a.dtype == wide_dtype(a.dtype):
         return a @ b
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
-
-
-def accurate(dtype: torch.dtype) -> torch.dtype:
-    """What sums over tokens are held in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
