@@ -58,7 +58,7 @@ def test_every_way_to_cut_a_step_is_offered_and_the_chosen_one_set(model: Any, p
     asked = planned(Plan(32, 512, (INPUT, MOST), GIB, 1e-6))
     settings = config()
     fit.fit_to_memory(model, settings, 3.0 * GIB)
-    assert asked == [([32, 64, 96, 192], 32, {"optimizer": "adamw_8bit", "budget": 3.0 * GIB})]
+    assert asked == [([32, 64, 96, 192], 32, {"optimizer": "adamw_8bit", "budget": 3.0 * GIB, "recorded": False})]
     assert (settings.per_device_train_batch_size, settings.gradient_accumulation_steps) == (1, 6)
     shared = fused.shared_of(model)
     assert shared is not None

@@ -111,6 +111,10 @@ class HostMemory:
         assert values is not None
         return values
 
+    def join(self) -> None:
+        """Have the device wait for every copy that has begun."""
+        torch.cuda.current_stream(self.device).wait_stream(self._stream)
+
     def _recall(self, parked: Parked) -> None:
         if parked.device is not None:
             return

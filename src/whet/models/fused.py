@@ -81,6 +81,16 @@ class Shared:
             self.host = HostMemory(device)
         return self.host
 
+    def settle(self) -> None:
+        """At the end of a pass: nothing is handed on to another, and copies to the host have come to an end."""
+        self.gradient = self._positions = None
+        if self.host is not None and any(p.offload for p in self.layers or (self.policy,)):
+            self.host.join()
+
+    def forget(self) -> None:
+        """Let go of everything that a pass which failed has left behind."""
+        self.gradient = self._positions = self.host = None
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
         """The same settings for a copied model; nothing of a batch, and host memory of its own."""
         copied = copy(self)

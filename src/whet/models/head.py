@@ -56,13 +56,15 @@ def use_fused_head(model: PreTrainedModel | PeftModel) -> None:
     said: set[str] = set()
 
     @functools.wraps(type(base).forward)  # generation and the trainer read the signature
-    def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+    def forward(
+        self: Any, *args: Any, fused_lm_head: bool = False, label_rows: torch.Tensor | None = None, **kwargs: Any
+    ) -> Any:
         if not fused_lm_head:
             # `there` is bound to the model it was made for; a copy of that model has weights of its own.
             return there(*args, **kwargs) if self is there.__self__ else type(self).forward(self, *args, **kwargs)
         reason = _reason_for_trl_s(self, kwargs)
         if reason is None:
-            return _forward(self, *args, **kwargs)
+            return _forward(self, *args, label_rows=label_rows, **kwargs)
         if reason not in said:
             said.add(reason)
             log.info("the loss is computed by TRL's head, not by whet's: %s", reason)
@@ -113,33 +115,46 @@ def _forward(
     *args: Any,
     labels: torch.Tensor | None = None,
     shift_labels: torch.Tensor | None = None,
+    label_rows: torch.Tensor | None = None,
     num_items_in_batch: Any = None,
     **kwargs: Any,
 ) -> FusedCausalLMOutput:
-    """TRL's fused output: fields of [batch, length - 1], or [batch, length] with `shift_labels`, 0 where ignored."""
+    """TRL's fused output: fields of [batch, length - 1], or [batch, length] with `shift_labels`, 0 where ignored.
+
+    label_rows [2, N]: what of a batch's positions, counted through all rows, has a label, and which. Then fields are
+    [N], and a GPU need not be waited for. Positions of label IGNORED may be among them.
+    """
     kwargs["use_cache"] = False
     h_BSD = model.base_model(*args, **kwargs).last_hidden_state
     head = _head(model)
     device, length = head.weight.device, h_BSD.shape[1]
-    if shift_labels is None:
-        assert labels is not None, "the trainer gives labels or shift_labels"
-        shift_labels = labels[:, 1:]
-    shift_labels = shift_labels.to(device)
-    mask = shift_labels != IGNORED
-    batch, position = mask.nonzero(as_tuple=True)
+    if label_rows is not None:
+        rows_N, labels_N = label_rows.to(device)
+        mask = labels_N != IGNORED
+        labels_N = labels_N.clamp(min=0)
+    else:
+        if shift_labels is None:
+            assert labels is not None, "the trainer gives labels, shift_labels or label_rows"
+            shift_labels = labels[:, 1:]
+        shift_labels = shift_labels.to(device)
+        mask = shift_labels != IGNORED
+        batch, position = mask.nonzero(as_tuple=True)
+        rows_N, labels_N = batch * length + position, shift_labels[batch, position]
     scale, softcap = _scaling(model)
     fields = LinearLogProbs.apply(  # type: ignore[no-untyped-call]
         h_BSD.to(device).flatten(0, 1),
-        batch * length + position,
+        rows_N,
         head.weight,
-        shift_labels[batch, position],
+        labels_N,
         head.bias,
         softcap,
         scale,
         torch.is_grad_enabled(),
     )
-    # Out of place, so that a batch without any label still has a gradient, of zeros.
-    log_probs, entropy, is_top1 = (x.new_zeros(mask.shape).index_put((batch, position), x) for x in fields)
+    if label_rows is not None:
+        log_probs, entropy, is_top1 = (torch.where(mask, x, x.new_zeros(())) for x in fields)
+    else:  # out of place, so that a batch without any label still has a gradient, of zeros
+        log_probs, entropy, is_top1 = (x.new_zeros(mask.shape).index_put((batch, position), x) for x in fields)
     items = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     return FusedCausalLMOutput(
         loss=-log_probs.sum() / items, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask

@@ -77,10 +77,19 @@ def static_bytes(model: nn.Module, optimizer: str) -> float:
     return torch.cuda.memory_allocated() + coming + (OPTIMIZER_BUFFERS if optimizer in EIGHT_BIT else 0)
 
 
-def plan(model: nn.Module, passes: list[int], length: int, *, optimizer: str, budget: float | None) -> Plan | None:
+def plan(
+    model: nn.Module,
+    passes: list[int],
+    length: int,
+    *,
+    optimizer: str,
+    budget: float | None,
+    recorded: bool = False,
+) -> Plan | None:
     """The fastest plan for passes of one of `passes` tokens in rows of `length`; None where the layers are not fused.
 
-    budget: bytes that training may take on the device; None for all that is free. Raises WhetError where no plan fits.
+    budget: bytes that training may take on the device; None for all that is free. recorded: whether passes will run as
+    CUDA graphs. Raises WhetError where no plan fits.
     """
     sizes = sizes_of(model)
     if sizes is None:
@@ -90,6 +99,8 @@ def plan(model: nn.Module, passes: list[int], length: int, *, optimizer: str, bu
     within = min(budget, free) if budget is not None else free
     host = 0.6 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     device = device_rates(torch.device("cuda"))
+    if recorded:
+        device = replace(device, launch=0.0)
     chosen = memory.choose(sizes, device, within, static, sorted(set(passes)), length, host)
     if chosen is None:
         lean = memory.leanest(sizes, static, min(passes))
@@ -102,11 +113,12 @@ def plan(model: nn.Module, passes: list[int], length: int, *, optimizer: str, bu
     return chosen
 
 
-def fit_to_memory(model: nn.Module, config: Any, budget: float | None) -> Plan | None:
+def fit_to_memory(model: nn.Module, config: Any, budget: float | None, *, recorded: bool = False) -> Plan | None:
     """Plan for a trainer's config, set its micro-batches to the plan's passes, and apply it.
 
     The rows of an optimizer step stay as they are, in their order: only how many of them go through the model at a time
     may be more or fewer than was asked for. None, and nothing changed, where there is no GPU or no fused layer.
+    budget, recorded: as in `plan`.
     """
     shared = shared_of(model)
     if shared is None or not torch.cuda.is_available():
@@ -115,7 +127,7 @@ def fit_to_memory(model: nn.Module, config: Any, budget: float | None) -> Plan |
     a_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
     passes = {rows * length: rows for rows in range(1, a_step + 1) if a_step % rows == 0}
     optimizer = str(getattr(config.optim, "value", config.optim))
-    chosen = plan(model, list(passes), length, optimizer=optimizer, budget=budget)
+    chosen = plan(model, list(passes), length, optimizer=optimizer, budget=budget, recorded=recorded)
     if chosen is None:
         return None
     rows = passes[chosen.tokens]

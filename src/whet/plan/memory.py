@@ -23,16 +23,20 @@ SLACK = 0.005  # of the budget, for the allocator's rounding
 TILES = (4096, 2048, 1024, 512)  # tokens that go through a weight at once
 HEAD_CHUNK = 128 * 2**20
 LIBRARIES = 224 * 2**20  # workspaces of cuBLAS, in the forward's thread and in the backward's, and of cuDNN
-LAUNCH = 5e-3  # seconds of the host for a layer's forward and backward pass: short passes wait for it
 
 
 @dataclass(frozen=True)
 class Device:
-    """Rates that the estimate uses: FLOP/s of matrix products, bytes/s of memory, and of the link to the host."""
+    """Rates that the estimate uses: FLOP/s of matrix products, bytes/s of memory, and of the link to the host.
+
+    launch: seconds of the host for a layer's forward and backward pass, for which short passes wait; 0 where they are
+    recorded (train/pass_graph.py).
+    """
 
     matrix: float
     memory: float
     link: float
+    launch: float = 5.8e-3
 
 
 Mix = Mapping[Policy, int]  # how many layers have each
@@ -106,8 +110,10 @@ def working(sizes: Sizes, policy: Policy, tokens: int) -> float:
     t = min(tokens, sizes.tile)
     flow = tokens * (2 * d + margin) * e  # the gradient that came in, and that of m
     again = kept(sizes, MOST, tokens) - kept(sizes, policy, tokens) if "qkv" not in policy.keep else 0
-    weights = e * ((w + margin) * (d + margin) + (d + margin) * (q + margin))  # all four projections, for a whole pass
-    weights += e * ((2 * f + margin) * (d + margin) + (d + margin) * (f + margin))
+    # all four projections, for a whole pass; those in 16 bits lie there already, but for the adapters
+    weights = margin * (w + d + d + q + 2 * f + d + d + f) * e
+    if sizes.bits < 16:
+        weights += e * (sizes.layer_weights + 4 * margin * margin)
     if sizes.trained:
         weights += sizes.layer_weights * (
             4 + 4 + e
@@ -139,7 +145,7 @@ def seconds(sizes: Sizes, device: Device, policies: Mix, tokens: int, length: in
     matrix = device.matrix * tile / (tile + 100)  # short tiles do worse
     through = 2 * sizes.layer_weights * tokens / matrix
     scores = 2 * 2 * tokens * length / 2 * sizes.q / (0.6 * device.matrix)
-    dequantize = sizes.layer_weights * (sizes.bits / 8 + sizes.element) / device.memory
+    dequantize = sizes.layer_weights * (sizes.bits / 8 + sizes.element) / device.memory if sizes.bits < 16 else 0.0
     passes = kept(sizes, ALL, tokens) * 5 / device.memory  # norms, rotations, activations, adapters
     forward = sizes.layers * (through + scores + dequantize + passes / 3)
     backward = sizes.layers * ((2 if sizes.trained else 1) * through + 2.5 * scores + dequantize + passes * 2 / 3)
@@ -152,7 +158,7 @@ def seconds(sizes: Sizes, device: Device, policies: Mix, tokens: int, length: in
     copied = sum(n * kept(sizes, p, tokens) for p, n in policies.items() if p.offload) / device.link
     stall = max(0.0, copied - 0.9 * forward) + max(0.0, copied - 0.9 * backward)
     head = 2 * 2 * s.width * sizes.vocabulary * tokens / device.matrix
-    return max(forward + backward + stall, sizes.layers * LAUNCH) + head
+    return max(forward + backward + stall, sizes.layers * device.launch) + head
 
 
 def choose(

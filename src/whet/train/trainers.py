@@ -33,12 +33,16 @@ from whet.models import activations, attention, fused
 from whet.models.head import use_fused_head
 from whet.plan.fit import fit_to_memory
 from whet.train.arguments import OLDER_ARGUMENTS, TRL_MAY_DECIDE, OlderArguments, given_names, translate
+from whet.train.collator import PaddingFree, nearly_whole
 from whet.train.formatting import FormattingFunction, formatted
 from whet.train.optimizer import AdamW8bit
+from whet.train.pass_graph import PassGraph, obstacle
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="You are importing from 'trl.experimental'")
     from trl.experimental import orpo
+
+log = logging.getLogger("whet")
 
 Arguments = dict[str, Any]
 
@@ -90,6 +94,8 @@ class OlderTrainer:
         given = given_names(config)
         if "logging_nan_inf_filter" not in given:
             config.logging_nan_inf_filter = False  # waits for every batch, and would log the mean in the place of a NaN
+        if "accelerator_config" not in given and config.dataloader_pin_memory:
+            config.accelerator_config.non_blocking = True  # else each batch waits for all work before it
         if hasattr(config, "max_length") and "max_length" not in given:
             config.max_length = longest
         if "gradient_checkpointing" not in given:
@@ -200,18 +206,12 @@ class RewardConfig(OlderArguments, trl.RewardConfig):
     """trl.RewardConfig that also takes older names."""
 
 
-class PaddingFree(DataCollatorForLanguageModeling):
-    """TRL's collator, which from 1.16 on also says where documents begin: on the CPU, where that costs nothing."""
+MEASURED = ("entropy", "mean_token_accuracy")  # in each pass, beside its loss
 
-    def torch_call(self, examples: list[Arguments]) -> Arguments:
-        batch = super().torch_call(examples)
-        if "cu_seq_lens_q" not in batch:
-            positions = batch["position_ids"][0]
-            ends = torch.tensor([len(positions)])
-            bounds = torch.cat([(positions == 0).nonzero().flatten(), ends]).to(torch.int32)
-            batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = bounds
-            batch["max_length_q"] = batch["max_length_k"] = int(bounds.diff().max())
-        return batch
+
+def _tokens(inputs: Arguments) -> int:
+    """Of a padding-free batch, without those that fill it up."""
+    return int(inputs["position_ids"].numel()) - int(inputs.get("fill", 0))
 
 
 class SFTTrainer(OlderTrainer, trl.SFTTrainer):
@@ -221,6 +221,7 @@ class SFTTrainer(OlderTrainer, trl.SFTTrainer):
     """
 
     config_class = SFTConfig
+    _passes: PassGraph | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -239,21 +240,82 @@ class SFTTrainer(OlderTrainer, trl.SFTTrainer):
         logits_are_read = self.compute_metrics is not None or self.compute_loss_func is not None
         if collator.padding_free or not (self.args.packing or logits_are_read):
             settings = {f.name: getattr(collator, f.name) for f in dataclasses.fields(collator) if f.init}
-            self.data_collator = PaddingFree(**{**settings, "padding_free": True})
+            longest = self.args.max_length or self.model.max_seq_length
+            whole = self.args.per_device_train_batch_size * longest if torch.cuda.is_available() else 0
+            self.data_collator = PaddingFree(**{**settings, "padding_free": True, "whole": whole})
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._passes = None
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._let_graph_go()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        self._let_graph_go()  # its memory is evaluation's now
+        return super().evaluate(*args, **kwargs)
+
+    def _let_graph_go(self) -> None:
+        if self._passes is not None:
+            self._passes.drop()
+
+    def training_step(self, model: Any, inputs: Arguments, num_items_in_batch: Any = None) -> Any:
+        """TRL's; as one CUDA graph where batches keep their form."""
+        inputs = self._prepare_inputs(inputs)
+        if not self._is_plain(inputs):
+            return super().training_step(model, inputs, num_items_in_batch)
+        seen = self._total_train_tokens + _tokens(inputs)
+        inputs.pop("fill", None)
+        if self._may_record(model, inputs, num_items_in_batch):
+            assert self._passes is not None
+            found = self._passes({**inputs, "num_items_in_batch": num_items_in_batch})
+        else:
+            found = self._pass(model, inputs, num_items_in_batch)
+        self._total_train_tokens = seen
+        metrics = self._metrics["train"]
+        metrics["num_tokens"] = [seen]
+        loss = found.pop("loss")
+        for name, value in found.items():
+            metrics[name].append(value)
+        return loss
+
+    def _pass(self, model: Any, inputs: Arguments, num_items_in_batch: Any) -> dict[str, torch.Tensor]:
+        """The loss of TRL's training step, and what was measured on the way: nothing else of a pass is kept."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        return {"loss": loss} | {name: self._metrics["train"][name].pop() for name in MEASURED}
+
+    def _may_record(self, model: Any, inputs: Arguments, items: Any) -> bool:
+        if not (
+            isinstance(items, torch.Tensor) and items.is_cuda and "label_rows" in inputs and self._is_plain(inputs)
+        ):
+            return False
+        if self._passes is None:
+
+            def step(batch: Arguments) -> dict[str, torch.Tensor]:
+                batch = dict(batch)
+                return self._pass(model, batch, batch.pop("num_items_in_batch"))
+
+            reason = "fp16 scales the loss" if self.args.fp16 else obstacle(self.model)
+            if reason is not None:
+                log.info("passes run one kernel at a time: %s", reason)
+            self._passes = PassGraph(self.model, step, allowed=reason is None)
+        return self._passes.allowed
 
     def compute_loss(
         self, model: Any, inputs: Arguments, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """TRL's loss. Its metrics stay on the device until they are logged: TRL waits for them after every batch."""
         if return_outputs or not self._is_plain(inputs):
+            inputs = {name: x for name, x in inputs.items() if name not in ("label_rows", "fill")}  # whet's alone
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = model(**{**inputs, "use_cache": False}, fused_lm_head=True)
+        given = {name: x for name, x in inputs.items() if name != "fill"}
+        outputs = model(**{**given, "use_cache": False}, fused_lm_head=True)
         labelled = outputs.label_mask.sum()
         items = labelled if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         mode = "train" if self.model.training else "eval"
         if mode == "train":
-            self._total_train_tokens += inputs["position_ids"].numel()
-        for name, values in (("entropy", outputs.entropy), ("mean_token_accuracy", outputs.is_top1)):
+            self._total_train_tokens += _tokens(inputs)
+        for name, values in zip(MEASURED, (outputs.entropy, outputs.is_top1), strict=True):
             self._metrics[mode][name].append(values.detach().sum() / labelled.clamp(min=1))
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         return -outputs.log_probs.sum() / items.clamp(min=1)
@@ -284,7 +346,10 @@ class SFTTrainer(OlderTrainer, trl.SFTTrainer):
         if shared is None:
             return
         if shared.auto:
-            fit_to_memory(arguments["model"], config, shared.budget)
+            model = arguments["model"]
+            length = config.max_length or model.max_seq_length
+            steady = config.packing or nearly_whole(arguments.get("train_dataset"), length)
+            fit_to_memory(model, config, shared.budget, recorded=steady and not config.fp16 and obstacle(model) is None)
 
     def _prepare_dataset(
         self,
