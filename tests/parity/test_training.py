@@ -29,8 +29,8 @@ def test_bf16_is_no_further_from_fp32_than_transformers_is(
 
     Both programs round, in different places, so neither equality nor a fixed tolerance says who is right. Distances
     from fp32 do. Over 20 steps logits and gradients are thousands of numbers, whose distances differ between two
-    equally good programs by up to 2% (measured); 5% is allowed. Losses are 20 numbers and differ by up to 30%; half
-    is allowed.
+    equally good programs by up to 2% (measured); 5% is allowed. Losses are 20 numbers, whose distances' ratio is 0.6
+    to 1.8 by the adapter that is drawn; twice is allowed, where a loss rounded to bf16 is off by five times.
     """
     folder = checkpoint(family, torch.bfloat16)
     ours, theirs = harness.rounding(
@@ -40,7 +40,7 @@ def test_bf16_is_no_further_from_fp32_than_transformers_is(
     )
     assert ours.logits <= 1.05 * theirs.logits, (ours, theirs)
     assert ours.gradients <= 1.05 * theirs.gradients, (ours, theirs)
-    assert ours.loss <= 1.5 * theirs.loss, (ours, theirs)
+    assert ours.loss <= 2 * theirs.loss, (ours, theirs)
 
 
 def test_the_harness_sees_one_weight_off_by_a_thousandth(checkpoint: Checkpoint) -> None:

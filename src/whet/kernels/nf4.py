@@ -114,6 +114,15 @@ def stack(weights: Sequence[NF4Weight]) -> NF4Weight | None:
     return NF4Weight(packed, absmax, first.code, rows, first.columns, first.dtype, **double)
 
 
+def stack_dense(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Matrices of equal width and dtype that lie one after another in memory, as one: a view. None if not so."""
+    first = weights[0]
+    alike = all(w.is_contiguous() and w.dtype == first.dtype and w.shape[1:] == first.shape[1:] for w in weights)
+    if not alike or not _adjacent(weights):
+        return None
+    return first.as_strided((sum(w.shape[0] for w in weights), first.shape[1]), first.stride())
+
+
 def _adjacent(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether each begins where the one before ends, in one allocation."""
     return all(

@@ -19,8 +19,8 @@ from whet.kernels._precision import wide_dtype
 from whet.kernels.extend import extend, lay_out
 from whet.kernels.fp8 import weight_scales
 from whet.kernels.layer_weights import ProjectionWeight
-from whet.kernels.nf4 import NF4Weight, dequantize_nf4, stack
-from whet.models.weights import BesideWeights, Fp8Base, Fp8Weights, Weights
+from whet.kernels.nf4 import NF4Weight, dequantize_nf4, stack, stack_dense
+from whet.models.weights import ApartWeights, BesideWeights, Fp8Base, Fp8Weights, Weights
 
 
 @dataclass(frozen=True)
@@ -65,18 +65,20 @@ class Projection:
     def _stacked(self) -> tuple[NF4Weight | Tensor, ...]:
         """The parts' weights: one, where they lie together in memory."""
         weights = [part.weight for part in self.parts]
+        together = None
         if all(isinstance(w, NF4Weight) for w in weights):
             together = stack(weights)  # type: ignore[arg-type]
-            if together is not None:
-                return (together,)
-        return tuple(weights)
+        elif all(isinstance(w, Tensor) for w in weights):
+            together = stack_dense(weights)  # type: ignore[arg-type]
+        return tuple(weights) if together is None else (together,)
 
     def weights(self, dtype: torch.dtype, device: torch.device) -> Weights:
-        """Dequantized into a new buffer, the adapters beside it."""
+        """NF4, and weights of another dtype, in a new buffer with the adapters beside it; others as they lie."""
         rows, columns, margin = self.rows, self.columns, self.margin(device)
-        first = self._stacked[0]
-        if len(self._stacked) == 1 and not margin and isinstance(first, Tensor) and first.dtype == dtype:
-            return self.beside(first)
+        if all(isinstance(w, Tensor) and w.dtype == dtype for w in self._stacked):
+            if not margin and len(self._stacked) == 1:
+                return self.beside(self._stacked[0])  # type: ignore[arg-type]
+            return ApartWeights(self._stacked, *self.borders(dtype, device))  # type: ignore[arg-type]
         e = torch.empty(rows + margin, columns + margin, dtype=dtype, device=device)
         row = 0
         for weight in self._stacked:

@@ -141,11 +141,19 @@ def _hooked(module: nn.Module) -> bool:
 
 
 def lay_together(modules: Sequence[nn.Module]) -> None:
-    """Move the NF4 bytes of linear modules that read one input next to each other, so that they are read as one weight.
+    """Move the weights of linear modules that read one input next to each other, so that they are read as one.
 
     The modules keep their own parameters, which become views of the common memory.
     """
-    if len(modules) < 2 or not all(isinstance(m, Linear4bit) and m.weight.quant_state is not None for m in modules):
+    if len(modules) < 2:
+        return
+    if all(type(m) is nn.Linear and type(m.weight.data) is Tensor for m in modules):
+        dtypes = {m.weight.dtype for m in modules}
+        if len(dtypes) == 1 and not any(m.weight.is_meta for m in modules):
+            for module, weight in zip(modules, _together([m.weight.data for m in modules]), strict=True):
+                module.weight.data = weight
+        return
+    if not all(isinstance(m, Linear4bit) and m.weight.quant_state is not None for m in modules):
         return
     states = [m.weight.quant_state for m in modules]
     for module, packed in zip(modules, _together([m.weight.data for m in modules]), strict=True):

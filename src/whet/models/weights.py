@@ -1,4 +1,4 @@
-"""A projection's weight as the block multiplies by it: adapters beside it in one product, or in FP8 with them apart.
+"""A projection's weight as the block multiplies by it: adapters beside it in one product, or apart from it.
 
 `product` takes the input with its margin, [x | x A^T], and gives x W^T + s (x A^T) B^T; `back_product` takes the
 gradient with its margin, [g | g s B], and gives g W + (g s B) A. Either way the caller fills the margins, from `down`
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -57,6 +58,36 @@ class BesideWeights:
 
     def back_product(self, dye: Tensor, out: Tensor | None = None) -> Tensor:
         return torch.mm(dye, self._back, out=out)
+
+
+class ApartWeights:
+    """A weight in 16 bits as it lies in the model, nothing copied; adapters and bias in a product of their own.
+
+    The smaller product comes first: the larger one then rounds the sum, once.
+    """
+
+    def __init__(self, parts: tuple[Tensor, ...], up: Tensor, down: Tensor):
+        """parts: [n_j, K], under each other W. up [N, R] is s B with the bias; down [R, K] is A."""
+        self._parts, self.down, self.up = parts, down.T, up
+        self._columns, rows = down.shape[1], [part.shape[0] for part in parts]
+        self._rows = [slice(end - n, end) for n, end in zip(rows, accumulate(rows), strict=True)]
+        self.width_in, self.width_out = self._columns + up.shape[1], up.shape[0] + up.shape[1]
+
+    def product(self, xe: Tensor, out: Tensor | None = None) -> Tensor:
+        x, tail = xe[:, : self._columns], xe[:, self._columns :]
+        y = torch.mm(tail, self.up.T, out=out)
+        for rows, part in zip(self._rows, self._parts, strict=True):
+            y[:, rows].addmm_(x, part.T)
+        return y
+
+    def add_product(self, residual: Tensor, xe: Tensor, out: Tensor) -> None:
+        self.product(xe, out).add_(residual)  # a sum begun with the residual would be rounded at its size, twice
+
+    def back_product(self, dye: Tensor, out: Tensor | None = None) -> Tensor:
+        dx = torch.mm(dye[:, self.up.shape[0] :], self.down.T, out=out)
+        for rows, part in zip(self._rows, self._parts, strict=True):
+            dx.addmm_(dye[:, rows], part)
+        return dx
 
 
 @dataclass(frozen=True)
