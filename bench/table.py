@@ -150,6 +150,15 @@ def accuracy_row(line: Line, lines: list[Line]) -> list[str]:
     return [line["family"], line["base"], *map(cell, ("loss", "logits", "gradients")), *where(line)]
 
 
+def fp8_row(line: Line, lines: list[Line]) -> list[str]:
+    def against(way: str) -> str:
+        same = [x for x in lines if x["way"] == way and all(x[k] == line[k] for k in ("run_id", "seed", "work"))]
+        return f"{100 * (line['after'] / same[0]['after'] - 1):+.3f}%" if len(same) == 1 and way != line["way"] else "-"
+
+    losses = [f"{line[name]:.4f}" for name in ("before", "after", "in_bf16")]
+    return [line["way"], f"{line['seed']}", *losses, against("bf16"), against("nf4"), *where(line)]
+
+
 def trace_row(line: Line, lines: list[Line]) -> list[str]:
     shares = [f"{line['ms'][name]:,.1f}" for name in CATEGORIES]
     steps = [f"{line[name]:,.1f}" for name in ("timed_ms", "wall_ms")]
@@ -223,6 +232,10 @@ KINDS: dict[str, tuple[list[str], Row]] = {
             *ORIGIN,
         ],
         trace_row,
+    ),
+    "fp8": (
+        ["base", "seed", "held-out loss before", "after", "the same in bf16", "against bf16", "against nf4", *ORIGIN],
+        fp8_row,
     ),
     "blocks": (["type", "Gaussian", "heavy tails (Student t, 3 degrees)", *ORIGIN], blocks_row),
     "parity": (["family", "base", "against", "loss", "logits", "gradients", *ORIGIN], parity_row),

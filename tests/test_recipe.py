@@ -9,17 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
+from rich.console import Console
 
 from quickstart import make_data
 from tests.road import RECIPE, write_recipe, write_rows
+from whet import pipeline
 from whet.errors import WhetError, WhetErrors
+from whet.models.fused import shared_of
 from whet.recipe import Recipe, load
 from whet.recipe_docs import json_schema
 from whet.recipe_faults import section_of
+from whet.recipe_model import load_base, load_for_training
 
 ROOT = Path(__file__).parents[1]
 
@@ -156,6 +161,53 @@ def test_sources_are_files(folder: Path) -> None:
     both = load(write_recipe(folder, {"data.sources": [{"path": "*.jsonl"}]}))
     assert [p.name for p in both.data.sources[0].files(folder)] == ["rows.jsonl"]
     assert "no file matches" in faults(write_recipe(folder, {"data.sources": [{"path": "more.jsonl"}]}))[0].what
+
+
+# ---------------------------------------------------------------- FP8
+
+FP8 = {"model.load": "nf4", "model.compute": "fp8", "adapter.dropout": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "fix"),
+    [
+        ({"model.compute": "fp4"}, "did you mean 'fp8'?"),
+        ({"model.load": "int8"}, "use load: nf4"),
+        ({"model.load": "16bit"}, "use load: nf4"),
+        ({"model.load": "16bit", "adapter": None}, "use compute: bf16"),
+        ({"model.dtype": "float16"}, "use dtype: bfloat16"),
+        ({"adapter.dropout": 0.1}, "leave dropout out"),
+        ({"adapter.dora": True}, "leave dora out"),
+    ],
+)
+def test_a_recipe_that_can_not_have_fp8(folder: Path, changes: dict[str, Any], fix: str) -> None:
+    """Catches FP8 that is found impossible only when the model is loaded, or never."""
+    assert load(write_recipe(folder, FP8)).model.compute == "fp8"
+    path = write_recipe(folder, FP8 | changes)
+    (fault,) = faults(path)
+    assert fix in str(fault.fix)
+    line = next(i for i, text in enumerate(path.read_text().splitlines(), 1) if "compute:" in text)
+    assert fault.where == f"{path}:{line}: model.compute" or fault.where == f"{path}:{line}: recipe"
+
+
+def test_a_run_in_fp8_without_a_gpu_ends_before_it_starts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches data that is prepared first, and a training in 16 bits that the recipe did not ask for."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    recipe = load(write_recipe(folder, FP8))
+    with pytest.raises(WhetError, match="there is no GPU here"):
+        pipeline.run_recipe(recipe, folder, folder / "runs", Console(quiet=True))
+    assert not list((folder / "runs").glob("*/data"))
+    with pytest.raises(WhetError, match="there is no GPU here"):
+        load_for_training(recipe)
+
+
+def test_evaluation_and_export_compute_in_16_bits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a trained model that can't be exported on a machine without FP8, or is scored unlike what is exported."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    model, _ = load_base(load(write_recipe(folder, FP8)).model)
+    shared = shared_of(model)
+    assert shared is not None
+    assert not shared.fp8
 
 
 # ---------------------------------------------------------------- digest

@@ -25,6 +25,7 @@ from whet.errors import WhetError
 from whet.export.gguf_model import save_gguf
 from whet.export.merge import save_merged
 from whet.models import activations, fused
+from whet.models.compute import check_adapter, check_compute, use_fp8
 from whet.models.load import load
 from whet.models.lora import add_lora
 from whet.units import parse_memory
@@ -57,6 +58,7 @@ class FastLanguageModel:
         random_state: int = 3407,
         num_labels: int | None = None,
         gpu_memory: str | float | None = None,
+        compute: str = "bf16",
         **kwargs: Any,
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Load a local folder, a hub name or `builtin:tiny`, and its tokenizer.
@@ -69,6 +71,8 @@ class FastLanguageModel:
         "unsloth") the least, in host memory; True all but the widest values; False everything.
         gpu_memory: "24GiB", or a number of GiB: what "auto" may take on the GPU; None is all that is free.
         num_labels: load a sequence classifier with this many outputs (1 for a reward model).
+        compute: "bf16" multiplies by the base in `dtype`; "fp8" in 8-bit floating point, for an NF4 base on a GPU of
+        NVIDIA's Hopper generation or later; the adapter stays in `dtype`.
         kwargs: attn_implementation, device_map, revision, token, trust_remote_code, and transformers' own.
         Raises WhetError, a ValueError, for anything at fault in the model's files or in these arguments.
         """
@@ -86,6 +90,7 @@ class FastLanguageModel:
         precision = "16bit"
         if not (full_finetuning or load_in_16bit):
             precision = "int8" if load_in_8bit else "nf4" if load_in_4bit else "16bit"
+        check_compute(compute, precision, dtype, full=full_finetuning)
         if num_labels is not None:
             kwargs |= {"auto_model": AutoModelForSequenceClassification, "num_labels": num_labels}
         auto_model = kwargs.pop("auto_model", None) or AutoModelForCausalLM
@@ -98,6 +103,8 @@ class FastLanguageModel:
         shared = fused.shared_of(model)
         if shared is not None:
             shared.budget = budget
+        if compute == "fp8":
+            use_fp8(model)
         _attach(model)
         return model, tokenizer
 
@@ -126,7 +133,8 @@ class FastLanguageModel:
         """Freeze the base and put a LoRA adapter of rank `r` on `target_modules` (names, or "all-linear").
 
         The adapter is held in fp32 and starts as zero change; A is drawn with `random_state`.
-        `options` are further fields of `peft.LoraConfig`. Raises WhetError for a rank, layer or switch at fault.
+        `options` are further fields of `peft.LoraConfig`. Raises WhetError for a rank, layer or switch at fault, and
+        for an adapter that can't be had with `compute="fp8"`.
         """
         if (
             not (finetune_language_layers and finetune_attention_modules and finetune_mlp_modules)
@@ -154,6 +162,7 @@ class FastLanguageModel:
             layers_to_transform=layers_to_transform,
             **options,
         )
+        check_adapter(peft_model)
         peft_model.max_seq_length = max_seq_length or model.max_seq_length
         _set_checkpointing(peft_model, use_gradient_checkpointing)
         _attach(peft_model)

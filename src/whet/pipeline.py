@@ -22,6 +22,7 @@ from whet.evals.heldout import compare
 from whet.export.gguf_model import check_convertible, save_gguf
 from whet.export.merge import save_merged
 from whet.files import write_text
+from whet.models.compute import check_compute
 from whet.models.fused import path_of
 from whet.recipe import Recipe
 from whet.recipe_data import prepare_data
@@ -40,6 +41,8 @@ def run_recipe(recipe: Recipe, base: Path, root: Path, console: Console) -> Run:
     try:
         console.print(f"[bold]{recipe.name}[/] in {escape(str(run.folder))}", soft_wrap=True)
         check_export(recipe)
+        if not (run.folder / "trained").exists():
+            check_compute(recipe.model.compute)
         _stage(run, console, "data", lambda folder: make_data(recipe, base, folder))
         _stage(run, console, "trained", lambda folder: train(run, folder, console))
         if recipe.eval:

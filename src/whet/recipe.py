@@ -35,6 +35,11 @@ class Model(Part):
     dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
         None, description="What to compute in. Default: bfloat16 where the GPU has it, float32 on a CPU."
     )
+    compute: Literal["bf16", "fp8"] = Field(
+        "bf16",
+        description="How training multiplies by the base: `bf16`, in `dtype`; `fp8`, in 8-bit floating point, for an "
+        "nf4 base on NVIDIA's Hopper or later. Evaluation and export do not use it.",
+    )
     max_seq_length: int = Field(
         2048, ge=8, description="Longest training row, in tokens. Longer ones are truncated and counted."
     )
@@ -165,6 +170,8 @@ class Recipe(Part):
             raise ValueError(
                 f"every weight is trained (adapter: null) but model.load is {self.model.load}; use load: 16bit"
             )
+        if self.model.compute == "fp8":
+            self._fp8_can_be_had()
         if self.train.tokens_per_step < self.model.max_seq_length * self.train.micro_batch:
             need = self.model.max_seq_length * self.train.micro_batch
             raise ValueError(
@@ -174,6 +181,23 @@ class Recipe(Part):
         if self.data.split is not None and self.data.eval_sources:
             raise ValueError("data.split and data.eval_sources both hold rows out; keep one of them")
         return self
+
+    def _fp8_can_be_had(self) -> None:
+        """Raise ValueError for what FP8 is not for. Whether the machine has it is asked when a run starts."""
+        if self.adapter is None:
+            raise ValueError("model.compute is fp8 but every weight is trained (adapter: null); use compute: bf16")
+        if self.model.load != "nf4":
+            raise ValueError(
+                f"model.compute is fp8, which an nf4 base can have, but model.load is {self.model.load}; use load: nf4"
+            )
+        if self.model.dtype not in (None, "bfloat16"):
+            raise ValueError(f"model.compute is fp8 but model.dtype is {self.model.dtype}; use dtype: bfloat16")
+        if self.adapter.dropout or self.adapter.dora:
+            name = "dora" if self.adapter.dora else "dropout"
+            raise ValueError(
+                f"model.compute is fp8, which layers with adapter.{name} can't have; "
+                f"leave {name} out, or use compute: bf16"
+            )
 
     @property
     def rows_per_step(self) -> int:

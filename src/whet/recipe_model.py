@@ -24,9 +24,12 @@ def tokenizer_of(model: Model) -> PreTrainedTokenizerBase:
 
 
 def load_base(
-    model: Model, name: str | None = None, gpu_memory: str | None = None
+    model: Model, name: str | None = None, gpu_memory: str | None = None, compute: str = "bf16"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base, or the folder `name` in its place, held and computing as the recipe says."""
+    """The base, or the folder `name` in its place, held as the recipe says.
+
+    Only training asks for the recipe's `compute`: evaluation shows what is exported, which computes in 16 bits.
+    """
     loaded, tokenizer = FastLanguageModel.from_pretrained(
         name or model.base,
         max_seq_length=model.max_seq_length,
@@ -34,13 +37,14 @@ def load_base(
         load_in_4bit=model.load == "nf4",
         load_in_8bit=model.load == "int8",
         gpu_memory=gpu_memory,
+        compute=compute,
     )
     return loaded, _with_template(tokenizer, model)
 
 
 def load_for_training(recipe: Recipe) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """The base with a fresh adapter, or with every weight to be trained where the recipe has no adapter."""
-    model, tokenizer = load_base(recipe.model, gpu_memory=recipe.budget.gpu_memory)
+    model, tokenizer = load_base(recipe.model, gpu_memory=recipe.budget.gpu_memory, compute=recipe.model.compute)
     if adapter := recipe.adapter:
         model = FastLanguageModel.get_peft_model(
             model,

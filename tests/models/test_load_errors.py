@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from whet import FastLanguageModel
+from tests.parity.families import write_checkpoint
+from whet import FastLanguageModel, language_model
 from whet.errors import WhetError
+from whet.kernels import fp8
+from whet.models import fused
+from whet.models.compute import check_compute, use_fp8
 from whet.models.load import load
 
 Broken = Callable[[], Path]
@@ -170,6 +174,10 @@ def test_an_unknown_precision(llama: Path) -> None:
         ({"load_in_8bit": True, "load_in_16bit": True}, "load_in_8bit, load_in_16bit"),
         ({"use_gradient_checkpointing": "sometimes"}, "use_gradient_checkpointing"),
         ({"load_in_fp8": True}, "load_in_fp8"),
+        ({"compute": "fp4"}, "compute"),
+        ({"compute": "fp8", "full_finetuning": True}, 'compute="fp8"'),
+        ({"compute": "fp8", "load_in_8bit": True}, 'compute="fp8"'),
+        ({"compute": "fp8", "load_in_4bit": False}, 'compute="fp8"'),
         ({"fast_inference": True}, "fast_inference"),
         ({"qat_scheme": "int4"}, "qat_scheme"),
     ],
@@ -184,3 +192,125 @@ def test_an_amount_of_memory_that_is_none(tiny_llama: Path, amount: object) -> N
     """Catches a budget that is found wrong only when training starts."""
     with pytest.raises(WhetError, match=r"gpu_memory.*24GiB"):
         FastLanguageModel.from_pretrained(str(tiny_llama), gpu_memory=amount)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- FP8
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, tuple[int, int]], None]]:
+    """gpu(name, capability): torch says that this GPU is here."""
+
+    def put(name: str, capability: tuple[int, int]) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        fp8.supported.cache_clear()
+
+    yield put
+    fp8.supported.cache_clear()
+
+
+@pytest.fixture
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any device is said to multiply in FP8. No product is computed under it."""
+    monkeypatch.setattr(fp8, "supported", lambda device: True)
+
+
+def refuse_fp8(call: Callable[[], Any]) -> WhetError:
+    with pytest.raises(WhetError) as caught:
+        call()
+    assert caught.value.where == 'compute="fp8"'
+    assert caught.value.fix
+    return caught.value
+
+
+def wide(folder: Path, **options: Any) -> Any:
+    """A model whose every layer can have FP8, unless the options say otherwise."""
+    shape = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    return FastLanguageModel.from_pretrained(str(write_checkpoint(folder, "llama", **shape)), **options)[0]
+
+
+def test_fp8_without_a_gpu(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches FP8's references trained with in silence, which is neither fast nor what was asked for."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "there is no GPU here" in refused(llama, compute="fp8").what
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9)])
+def test_fp8_on_a_gpu_without_it_names_the_gpu(gpu: Any, llama: Path, capability: tuple[int, int]) -> None:
+    """Catches a GPU that computes FP8 by the reference, slower than 16 bits: its kernels are Hopper's."""
+    gpu("Some GPU", capability)
+    assert f"here is Some GPU, {capability[0]}.{capability[1]}" in refused(llama, compute="fp8").what
+
+
+def test_fp8_on_a_gpu_that_has_it(gpu: Any) -> None:
+    """Catches a check that refuses everything, and one that leaves out the dtype of the products."""
+    gpu("Some GPU", (9, 0))
+    check_compute("fp8", "nf4")
+    check_compute("fp8", "nf4", "bfloat16")
+    assert "float32" in refuse_fp8(lambda: check_compute("fp8", "nf4", "float32")).what
+
+
+def test_fp8_is_all_layers_or_an_error(everywhere: None, tmp_path: Path) -> None:
+    """Catches FP8 that stays off, and that goes on where some or all layers would run in 16 bits."""
+    model = wide(tmp_path)
+    use_fp8(model)
+    assert fused.shared_of(model).fp8
+
+    plain = wide(tmp_path, attn_implementation="sdpa")
+    assert "no layer of this model" in refuse_fp8(lambda: use_fp8(plain)).what
+    half = wide(tmp_path)
+    half.model.layers[1].mlp.up_proj.register_forward_hook(lambda *_: None)
+    assert "hooks on a linear layer" in refuse_fp8(lambda: use_fp8(half)).what
+    in_16_bits = wide(tmp_path, load_in_4bit=False)
+    assert "must be NF4" in refuse_fp8(lambda: use_fp8(in_16_bits)).what
+    assert not any(fused.shared_of(x).fp8 for x in (half, in_16_bits))
+
+
+def test_fp8_is_switched_on_as_it_is_asked_for(
+    everywhere: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Catches a setting that is checked and then forgotten, and one that is on without being asked for."""
+    monkeypatch.setattr(language_model, "check_compute", lambda *_, **__: None)  # which refuses it without a GPU
+    assert fused.shared_of(wide(tmp_path, compute="fp8")).fp8
+    assert not fused.shared_of(wide(tmp_path)).fp8
+
+
+def test_fp8_of_weights_that_do_not_lie_together(everywhere: None, llama: Path) -> None:
+    """Catches sizes that the fused block would send back to 16 bits under a line in the log."""
+    model, _ = FastLanguageModel.from_pretrained(str(llama))
+    error = refuse_fp8(lambda: use_fp8(model))
+    assert error.what.startswith("model.layers.0 has a weight of 128x64")
+    assert not fused.shared_of(model).fp8
+
+
+def test_fp8_on_a_cpu_beside_a_gpu(gpu: Any, tmp_path: Path) -> None:
+    """Catches a device_map that puts the base where FP8 is not."""
+    model = wide(tmp_path, device_map="cpu")
+    gpu("Some GPU", (9, 0))
+    assert "the base is on cpu" in refuse_fp8(lambda: use_fp8(model)).what
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [({"lora_dropout": 0.1}, "LoRA dropout"), ({"use_dora": True}, "Dora"), ({"lora_bias": True}, "bias")],
+)
+def test_an_adapter_that_fp8_can_not_have(
+    everywhere: None, tmp_path: Path, options: dict[str, Any], reason: str
+) -> None:
+    """Catches an adapter that takes every layer off the fused block, and so out of FP8, once training starts."""
+    model = wide(tmp_path)
+    use_fp8(model)
+    assert reason in refuse_fp8(lambda: FastLanguageModel.get_peft_model(model, r=4, **options)).what
+
+
+def test_an_adapter_that_fp8_can_have(everywhere: None, tmp_path: Path) -> None:
+    """Catches a check of adapters that refuses all of them, or leaves the model in another mode."""
+    model = wide(tmp_path)
+    use_fp8(model)
+    modes = [module.training for module in model.model.layers[0].mlp.up_proj.modules()]
+    peft_model = FastLanguageModel.get_peft_model(model, r=4)
+    assert fused.shared_of(peft_model).fp8
+    assert [module.training for module in model.model.layers[0].mlp.up_proj.base_layer.modules()] == modes
