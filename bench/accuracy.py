@@ -5,27 +5,36 @@
 The random models of tests/parity, larger, so that the GPU's fast matrix products and attention kernels are used. One
 adapter (fp32, B random), full rows and packed documents, in bf16 on the GPU where there is one:
 
-    whet      the fused block; refused where any layer of any batch ran without it
+    whet      the fused block and whet's output head; refused where any layer of any batch ran without it
     plain     transformers + PEFT, whose adapters compute in fp32
     autocast  the same under autocast, as trainers run it: adapters compute in bf16
-    exact     transformers + PEFT in fp64 on the CPU, eager attention, from the same weights; of an NF4 base the
-              dequantized weights. transformers rounds norms, softmax and angles to fp32 even there: some 1e-7
+    exact     transformers + PEFT in fp64 on the same device, eager attention, from the same weights; of an NF4 base the
+              values its bits stand for. torch's own operations alone, no kernel of whet's or of bitsandbytes'.
+              transformers rounds norms, softmax, angles and its loss to fp32 even there: some 1e-7, TF32 is refused
 
-An error is ||a - exact|| / ||exact|| over all batches together: of the batches' losses, of every token's loss, of the
-logits, and of all adapters' gradients. `ratio` is whet's to plain's; `spread` the least and greatest of single batches,
-not given for the loss, whose error in one batch is one number and near zero by luck.
-One JSON line for each family and base. Nothing is judged here.
+An error is ||a - exact|| / ||exact|| over all batches together:
+
+    loss        of the losses of rows, each the mean over its labelled tokens, as training sees it. The loss of one
+                batch is one number, whose errors are of both signs and cancel as it grows: whichever program is nearer
+                there is so by luck. The root mean square over many rows is not, and it still holds what the rows'
+                tokens have in common. Forward passes alone, `loss_batches` of `loss_rows` rows
+    token_loss  of every token's loss
+    logits, gradients  of all real tokens; of all adapters
+
+The last three are of `batches` forward and backward passes. `ratio` is whet's error to plain's, `spread` the least and
+greatest of a single batch. What plain's loss rounds beyond its logits, in fp32, is left out, in its favour.
+One JSON line for each family and base, printed and written as soon as it is known. Nothing is judged here.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import sys
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,7 +55,7 @@ from tests.parity import harness
 from tests.parity.families import ALTERNATING, FAMILIES, seeded, write_checkpoint
 from whet import FastLanguageModel
 from whet.kernels import attention as kernels
-from whet.models import fused
+from whet.models import fused, head
 
 RANK, ALPHA, SEED = 8, 16, 3407
 BASES = ("bf16", "nf4")
@@ -56,7 +65,8 @@ WAYS = ("whet", "plain", "autocast")
 
 @dataclass(frozen=True)
 class Size:
-    """The models and batches: widths, layers, tokens of a full row and of each packed row, window, batches."""
+    """The models and batches: widths, layers, tokens of a full row and of each packed row, window, batches; the rows
+    whose losses are compared, in a batch, and such batches."""
 
     hidden: int = 512
     intermediate: int = 1408
@@ -67,7 +77,9 @@ class Size:
     vocabulary: int = 512
     length: int = 512
     window: int = 100
-    batches: int = 8
+    batches: int = 4
+    loss_rows: int = 128
+    loss_batches: int = 4
 
     def __post_init__(self) -> None:
         if self.hidden % 64 or self.intermediate % 64 or self.heads * self.head_dim % 64:
@@ -79,33 +91,47 @@ class NotFused(RuntimeError):
     """A layer ran as transformers wrote it, so what was measured is not the fused block."""
 
 
-def measure(family: str, base: str, size: Size, device: str) -> dict[str, Any]:
-    """The errors of each way, their ratio, and which attention kernels whet's passes used."""
-    with tempfile.TemporaryDirectory() as folder:
-        made = write(Path(folder), family, size)
-        models = {"plain": plain_model(made, family, base, device), "whet": whet_model(made, family, base)}
-        models["exact"] = exact_model(made, family, models["plain"])
+class NotExact(RuntimeError):
+    """The fp64 reference holds something that rounds more than it may."""
+
+
+def measure(made: Path, family: str, base: str, size: Size, device: str) -> dict[str, Any]:
+    """The errors of each way on the checkpoint `made`, their ratio, and which attention kernels whet's passes used."""
+    models = {"plain": plain_model(made, family, base, device), "whet": whet_model(made, family, base)}
+    models["exact"] = exact_model(made, family, models["plain"], device)
+    check_exact(models["exact"])
     if base == "nf4":
         check_same_bits(models["whet"], models["plain"])
     randomise(models)
     errors = {way: Errors() for way in WAYS}
-    backends: Counter[str] = Counter()
-    for batch in batches(size):
-        exact = one_pass(models["exact"], batch, "cpu")
-        with fused_only(models["whet"], passes=1) as used:
-            errors["whet"].add(one_pass(models["whet"], batch, device), exact)
-        backends += used
-        errors["plain"].add(one_pass(models["plain"], batch, device), exact)
-        with torch.autocast(device, dtype=torch.bfloat16):
-            errors["autocast"].add(one_pass(models["plain"], batch, device), exact)
+    passes = 2 * size.batches + size.loss_batches  # of whet's, once more for the logits
+    with fused_only(models["whet"], passes) as backends:
+        for batch in batches(size):
+            compare(one_pass, models, to(batch, device), errors)
+        for batch in loss_batches(size):
+            compare(row_losses, models, to(batch, device), errors)
     totals = {way: found.total() for way, found in errors.items()}
-    single = {part: errors["whet"].ratios(errors["plain"], part) for part in PARTS if part != "loss"}
+    ratios = {part: errors["whet"].ratios(errors["plain"], part) for part in PARTS}
     return {
         **totals,
         "ratio": {part: totals["whet"][part] / totals["plain"][part] for part in PARTS},
-        "spread": {part: [min(ratios), max(ratios)] for part, ratios in single.items()},
+        "spread": {part: [min(found), max(found)] for part, found in ratios.items()},
         "attention": dict(sorted(backends.items())),
     }
+
+
+def compare(
+    compute: Callable[[PeftModel, dict[str, Tensor]], dict[str, Tensor]],
+    models: dict[str, PeftModel],
+    batch: dict[str, Tensor],
+    errors: dict[str, Errors],
+) -> None:
+    """Add what `compute` gives for each way to its errors."""
+    exact = compute(models["exact"], batch)
+    errors["whet"].add(compute(models["whet"], batch), exact)
+    errors["plain"].add(compute(models["plain"], batch), exact)
+    with torch.autocast(batch["input_ids"].device.type, dtype=torch.bfloat16):
+        errors["autocast"].add(compute(models["plain"], batch), exact)
 
 
 # ------------------------------------------------------------ models
@@ -154,13 +180,28 @@ def plain_model(folder: Path, family: str, base: str, device: str) -> PeftModel:
     return get_peft_model(model, lora(family)).train()
 
 
-def exact_model(folder: Path, family: str, plain: PeftModel) -> PeftModel:
-    """In fp64 on the CPU. Layers that `plain` holds as NF4 get the values its bits stand for."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+def exact_model(folder: Path, family: str, plain: PeftModel, device: str) -> PeftModel:
+    """In fp64. Layers that `plain` holds as NF4 get the values its bits stand for."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager").to(device)
     for name, weight in nf4_weights(plain).items():
         layer = model.get_submodule(name)
         layer.weight.data.copy_(dequantized(weight).view_as(layer.weight))
     return get_peft_model(model, lora(family)).double().train()
+
+
+def check_exact(model: PeftModel) -> None:
+    """Every module torch's, transformers' or PEFT's as its class has it, weights in fp64, and no TF32 beside them."""
+    for name, module in model.named_modules():
+        origin_of = type(module).__module__.split(".")[0]
+        if origin_of not in ("torch", "transformers", "peft") or "forward" in vars(module):
+            raise NotExact(f"{name} of the reference is a {type(module).__name__} of {origin_of}, or has been changed")
+    for name, parameter in model.named_parameters():
+        if type(parameter) is not nn.Parameter or parameter.dtype != torch.float64:
+            raise NotExact(f"{name} of the reference is a {type(parameter).__name__} in {parameter.dtype}")
+    if model.config.get_text_config()._attn_implementation != "eager":
+        raise NotExact(f"the reference's attention is {model.config._attn_implementation}, not eager")
+    if torch.get_float32_matmul_precision() != "highest":
+        raise NotExact("products in TF32 are on, and transformers' angles may be products in fp32")
 
 
 def lora(family: str) -> LoraConfig:
@@ -178,10 +219,21 @@ def nf4_weights(model: PeftModel) -> dict[str, Any]:
 
 
 def dequantized(weight: Any) -> Tensor:
-    """In fp32: what bf16 rounds off is an error of the program that rounds, not of the weight."""
-    state = copy.copy(weight.quant_state)
-    state.dtype = torch.float32
-    return bnb.functional.dequantize_4bit(weight.data, state).cpu()
+    """The values of double-quantized NF4 in fp64, [N, K], by indexing.
+
+    What bf16 or a kernel rounds off is an error of the program that rounds, not of the weight. bitsandbytes keeps two
+    values in a byte, the first in its high half, and a block's largest value as a byte into a second code.
+    """
+    state = weight.quant_state
+    if state.quant_type != "nf4" or not state.nested:
+        raise RuntimeError(f"expected double-quantized NF4, not {state.quant_type}")
+    packed = weight.data.flatten()
+    values = state.code.double()[torch.stack([packed >> 4, packed & 15], dim=1).flatten().long()]
+    outer = state.state2
+    absmax2 = outer.absmax.double().repeat_interleave(outer.blocksize)[: state.absmax.numel()]
+    absmax = outer.code.double()[state.absmax.long()] * absmax2 + state.offset.double()
+    found: Tensor = (values.view(-1, state.blocksize) * absmax[:, None]).view(state.shape)
+    return found
 
 
 def check_same_bits(ours: PeftModel, theirs: PeftModel) -> None:
@@ -229,24 +281,75 @@ def document_lengths(total: int, draw: torch.Generator) -> list[int]:
     return lengths
 
 
-@dataclass
-class Result:
-    """One pass in fp64 on the CPU: the parts that are compared, as vectors."""
-
-    loss: Tensor
-    token_loss: Tensor
-    logits: Tensor
-    gradients: Tensor
+def loss_batches(size: Size) -> Iterator[dict[str, Tensor]]:
+    """Full rows, other ones than in `batches`."""
+    for seed in range(size.batches, size.batches + size.loss_batches):
+        draw = torch.Generator().manual_seed(seed)
+        rows = torch.randint(3, size.vocabulary, (size.loss_rows, size.length), generator=draw)
+        yield harness.padded(list(rows))
 
 
-def one_pass(model: PeftModel, batch: dict[str, Tensor], device: str) -> Result:
-    found = harness.run(model, {name: x.to(device) for name, x in batch.items()})
-    logits = found.logits.double().cpu()
-    real = batch.get("attention_mask", torch.ones_like(batch["labels"])).bool()
-    labels = batch["labels"][real][1:]  # a document's first token carries no label, so rows may be joined
-    token_loss = nn.functional.cross_entropy(logits[:-1], labels, reduction="none")[labels != harness.IGNORED]
-    gradients = torch.cat([found.gradients[name].double().cpu().flatten() for name in sorted(found.gradients)])
-    return Result(found.loss.double().cpu().reshape(1), token_loss, logits.flatten(), gradients)
+def to(batch: dict[str, Tensor], device: str) -> dict[str, Tensor]:
+    return {name: x.to(device) for name, x in batch.items()}
+
+
+def one_pass(model: PeftModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Forward and backward: token_loss, logits and gradients, each a vector in fp64."""
+    if fused.shared_of(model) is None:
+        found = harness.run(model, batch)
+        logits, token_loss = found.logits, token_losses(found.logits.double(), batch)
+        gradients, loss = found.gradients, found.loss
+    else:
+        with torch.no_grad():
+            logits = model(**batch, use_cache=False).logits[real(batch)]
+        model.zero_grad()
+        out = whet_head(model, batch)
+        out.loss.backward()
+        gradients = {name: p.grad for name, p in harness.adapter(model).items() if p.grad is not None}
+        loss = out.loss.detach()
+        token_loss = -out.log_probs.detach()[out.label_mask].double()
+    check_mean(loss, token_loss)
+    joined = torch.cat([gradients[name].double().flatten() for name in sorted(gradients)])
+    return {"token_loss": token_loss, "logits": logits.double().flatten(), "gradients": joined}
+
+
+@torch.no_grad()
+def row_losses(model: PeftModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Forward alone: the loss of each row, in fp64. All rows must have as many labels."""
+    if fused.shared_of(model) is None:
+        out = model(**batch, use_cache=False)
+        token_loss = token_losses(out.logits[real(batch)].double(), batch)
+    else:
+        out = whet_head(model, batch)
+        token_loss = -out.log_probs[out.label_mask].double()
+    check_mean(out.loss, token_loss)
+    return {"loss": token_loss.view(len(batch["labels"]), -1).mean(1)}
+
+
+def whet_head(model: PeftModel, batch: dict[str, Tensor]) -> Any:
+    """Of whet's output head, as its trainer calls it: loss, and log_probs where label_mask is set."""
+    base = model.get_base_model()
+    reason = head._reason_for_trl_s(base, {})
+    if reason is not None:
+        raise NotFused(f"whet's head does not compute this loss: {reason}")
+    return head._forward(base, **batch)
+
+
+def real(batch: dict[str, Tensor]) -> Tensor:
+    """Where there is no padding."""
+    return batch.get("attention_mask", torch.ones_like(batch["labels"])).bool()
+
+
+def token_losses(logits_NV: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """Of every labelled token, in order. A document's first token carries no label, so rows may be joined."""
+    labels = batch["labels"][real(batch)][1:]
+    return nn.functional.cross_entropy(logits_NV[:-1], labels, reduction="none")[labels != harness.IGNORED]
+
+
+def check_mean(loss: Tensor, token_loss: Tensor) -> None:
+    """The losses that are compared must be those that the model itself averages."""
+    if not torch.isclose(loss.double(), token_loss.mean(), rtol=1e-5, atol=0):
+        raise RuntimeError(f"the model's loss is {loss.item()}, the mean of the tokens' is {token_loss.mean().item()}")
 
 
 class Errors:
@@ -255,10 +358,9 @@ class Errors:
     def __init__(self) -> None:
         self._squares: dict[str, list[tuple[float, float]]] = {part: [] for part in PARTS}
 
-    def add(self, found: Result, exact: Result) -> None:
-        for part, squares in self._squares.items():
-            a, b = getattr(found, part), getattr(exact, part)
-            squares.append(((a - b).square().sum().item(), b.square().sum().item()))
+    def add(self, found: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+        for part, b in exact.items():
+            self._squares[part].append(((found[part] - b).square().sum().item(), b.square().sum().item()))
 
     def total(self) -> dict[str, float]:
         """||a - exact|| / ||exact|| by part, all batches stacked."""
@@ -308,8 +410,8 @@ def table(line: dict[str, Any]) -> str:
     cells = [f"{line['family']:8} {line['base']:5}"]
     for part in PARTS:
         values = " ".join(f"{line[way][part]:.2e}" for way in WAYS)
-        spread = "({:.2f} to {:.2f})".format(*line["spread"][part]) if part in line["spread"] else ""
-        cells.append(f"{values} {line['ratio'][part]:5.2f} {spread}".rstrip())
+        low, high = line["spread"][part]
+        cells.append(f"{values} {line['ratio'][part]:5.2f} ({low:.2f} to {high:.2f})")
     return " | ".join(cells) + f" | {line['attention']}"
 
 
@@ -335,14 +437,17 @@ def main() -> None:
     logging.disable_progress_bar()
     print(HEADER, flush=True)
     for family in args.family:
-        for base in args.base:
-            about = {"kind": "accuracy", "run_id": args.run_id, "family": family, "base": base}
-            line = about | measure(family, base, size, device) | {"size": asdict(size), "r": RANK, **where}
-            print(table(line), flush=True)
-            if args.out is not None:
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                with open(args.out, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
+        with tempfile.TemporaryDirectory() as folder:
+            made = write(Path(folder), family, size)
+            for base in args.base:
+                started = time.perf_counter()
+                about = {"kind": "accuracy", "run_id": args.run_id, "family": family, "base": base}
+                line = about | measure(made, family, base, size, device) | {"size": asdict(size), "r": RANK, **where}
+                print(table(line), f"| {time.perf_counter() - started:.1f} s", flush=True)
+                if args.out is not None:
+                    args.out.parent.mkdir(parents=True, exist_ok=True)
+                    with open(args.out, "a", encoding="utf-8") as file:
+                        file.write(json.dumps(line) + "\n")
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ def arguments() -> argparse.Namespace:
         "--gpu-memory", default=None, help="whet: the fastest plan in so many GiB, in the place of --gc"
     )
     parser.add_argument("--bits", type=int, default=4, choices=[4, 16], help="of the frozen base")
+    parser.add_argument("--compute", default="bf16", choices=["bf16", "fp8"], help="whet: of products with the base")
     parser.add_argument("--r", type=int, default=16, help="LoRA's rank")
     parser.add_argument("--full", action="store_true", help="train every weight")
     parser.add_argument("--mixed", action="store_true", help="rows of unequal lengths, median about 270 tokens")
@@ -60,6 +61,8 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if not 0 <= args.warm < args.steps:
         parser.error("--warm must leave at least one of --steps to be timed")
+    if args.compute != "bf16" and args.engine != "whet":
+        parser.error(f"--compute {args.compute} is whet's alone: leave it out for {args.engine}, or take --engine whet")
     if args.full:
         args.bits = 16
     return args
@@ -68,10 +71,14 @@ def arguments() -> argparse.Namespace:
 def load_whet(folder: Path, args: argparse.Namespace, dtype: Any) -> Loaded:
     from whet import FastLanguageModel
 
-    recompute = {"on": "whet", "true": True, "off": False}[args.gc]
-    if args.gpu_memory is None:
-        return _load_fast(FastLanguageModel, folder, args, dtype, recompute)
-    return _load_fast(FastLanguageModel, folder, args, dtype, "auto", gpu_memory=float(args.gpu_memory))
+    kept: dict[str, bool | str] = {"on": "whet", "true": True, "off": False}
+    recompute = kept[args.gc]
+    options: dict[str, Any] = {}
+    if args.gpu_memory is not None:
+        recompute, options["gpu_memory"] = "auto", float(args.gpu_memory)
+    if args.compute != "bf16":
+        options["compute"] = args.compute
+    return _load_fast(FastLanguageModel, folder, args, dtype, recompute, **options)
 
 
 def load_unsloth(folder: Path, args: argparse.Namespace, dtype: Any) -> Loaded:
@@ -274,7 +281,7 @@ def result(args: argparse.Namespace) -> dict[str, Any]:
         import whet
 
         where["versions"]["whet"] = whet.__version__
-    names = ("bs", "ga", "seq", "steps", "warm", "gc", "gpu_memory", "bits", "r", "full", "mixed", "packing")
+    names = ("bs", "ga", "seq", "steps", "warm", "gc", "gpu_memory", "bits", "compute", "r", "full", "mixed", "packing")
     run = {
         "run_id": args.run_id,
         "engine": args.engine,
@@ -285,7 +292,7 @@ def result(args: argparse.Namespace) -> dict[str, Any]:
         args.trace.mkdir(parents=True, exist_ok=True)
         path = args.trace / f"{args.engine}.json"
         path.write_text(json.dumps({**run, **facts, **recorded.trace(), **where}), encoding="utf-8")
-    return {
+    line = {
         "kind": "finetune",
         **run,
         # rows of unequal length say little by their padded size
@@ -299,12 +306,17 @@ def result(args: argparse.Namespace) -> dict[str, Any]:
         "peak_reserved_gib": _gib(torch.cuda.max_memory_reserved() / GIB if cuda else None),
         "peak_host_gib": _gib(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB),
         "losses": measured.losses[: args.steps],
-        **where,
     }
+    if args.engine == "whet":
+        line["plan"] = plan_of(model)  # allocates, so after the peaks are read
+    return line | where
 
 
 def plan_of(model: Any) -> dict[str, Any]:
-    """What whet chose for the model's layers, and the link to the host that it measured, in GB/s."""
+    """What whet chose for the model's layers, in words, and the link to the host, in GB/s, measured as for the plan.
+
+    None for the plan where none was made (a fixed --gc, no GPU), and for the link where there is no GPU.
+    """
     import torch
 
     from whet.models.fused import shared_of

@@ -3,11 +3,17 @@
     python bench/kernel_speed.py --out bench/results/kernels.jsonl --run-id ID [--tokens 4096 16384] [--only NAME ...]
 
 That time, the bound, is the larger of two: the bytes that must move (each input once, each output once) at the rate of
-a large copy, and the matrix products' FLOP at the rate of a large bf16 GEMM; both rates are measured first. A ratio is
-the measured time over the bound; that of `scaled_mm`, in FP8, may be below 1. Kernels under 250 us are replayed in a
-CUDA graph over sets of tensors that together exceed the L2 cache, so that neither launches nor cached inputs count;
-longer ones are timed one by one, each after a pass over a buffer larger than L2. Medians. One JSON line a kernel; one
-that fails has its error there, and the script then exits 1.
+a large copy, and the matrix products' FLOP at the rate of a large GEMM in the same precision. The rates are measured
+first, in the same process: a GEMM by itself, for calls that take no longer than LONG_US, and many of them in a row for
+longer ones, in which the card's power holds it below that. `gemm_tflop_s` of a line is the one its bound was made with.
+A ratio is the measured time over the bound. What no bound holds: exponentials, and in attention the half of each block
+on the diagonal that is multiplied for nothing.
+
+Kernels under SHORT_US are replayed in a CUDA graph over sets of tensors that together exceed the L2 cache several
+times, so that neither launches nor cached inputs count; longer ones are timed one by one, each after passes over a
+buffer larger than L2, during which the call is launched. As in training, L2 then holds someone else's values, some not
+written back yet. CUDA events; medians. One JSON line a kernel; one that fails has its error there, and the script then
+exits 1.
 
 Shapes: T tokens, D model width, F width of the MLP, H query heads and G key heads of size d, W = (H + 2 G) d, V
 vocabulary, r LoRA's rank, R columns for adapters beside a weight.
@@ -18,8 +24,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -32,6 +39,8 @@ from torch import Tensor
 # engines' runs: transformers looks for a package named `kernels`, and in this folder imports this file.
 
 SHORT_US = 250
+LONG_US = 2500
+SUSTAINED_US = 20_000  # of GEMMs in a row
 REPLAYED_US = 3000  # of one replay
 REPLAYS = 15
 TIMED_US = 40_000  # of all calls timed one by one
@@ -87,6 +96,7 @@ class Work:
     reads: Sequence[Tensor]
     writes: Sequence[Tensor]
     flops: int = 0  # of matrix products
+    fp8: bool = False  # their precision, else 16 bits
     restore: Callable[[], object] | None = None  # after a call whose output is no input for the next
 
     @property
@@ -305,7 +315,7 @@ def scaled_mm(s: Sizes, on: Device, T: int, N: int, K: int) -> Work:
 
     x, w = (quantize_rows(on.normal(rows, K)) for rows in (T, N))
     out = on.empty(T, N)
-    return Work(lambda: scaled_mm(*x, *w, on.dtype, out), [*x, *w], [out], 2 * T * N * K)
+    return Work(lambda: scaled_mm(*x, *w, on.dtype, out), [*x, *w], [out], 2 * T * N * K, fp8=True)
 
 
 # ------------------------------------------------------------------ the loss
@@ -364,6 +374,17 @@ def linear_log_probs_weight_grad(s: Sizes, on: Device) -> Work:
         [unallocated(weight)],
         2 * 2 * s.head_rows * s.V * s.D,
     )
+
+
+# ------------------------------------------------------------------ the optimizer
+
+
+def stochastic_round(s: Sizes, on: Device) -> Work:
+    """Of one weight, after a step in fp32."""
+    from whet.kernels.stochastic_round import stochastic_round
+
+    x, out = on.normal(s.F * s.D, dtype=torch.float32), on.empty(s.F * s.D, dtype=torch.bfloat16)
+    return Work(lambda: stochastic_round(x, out, 0, seed=3407, step=1), [x], [out])
 
 
 # ------------------------------------------------------------------ LoRA's own products (cuBLAS)
@@ -455,17 +476,29 @@ def cases(s: Sizes, tokens: Sequence[int], on: Device) -> list[Case]:
     add(log_probs_of_logits, f"V={s.V}", s.chunk)
     add(linear_log_probs, f"D={s.D}, V={s.V}", s.head_rows)
     add(logits_gradient, f"V={s.V}", s.chunk)
+    add(stochastic_round, f"{s.F}x{s.D}", None)
     add(linear_log_probs_weight_grad, f"D={s.D}, V={s.V}", s.head_rows)
     return found
 
 
 @dataclass(frozen=True)
 class Ceilings:
+    """Rates. gemm: of one by itself; sustained: of many in a row; fp8: of one by itself, 0 where it is not known."""
+
     copy_tb_s: float
     gemm_tflop_s: float
+    sustained_tflop_s: float
+    fp8_tflop_s: float = 0.0
 
-    def bound_us(self, moved: int, flops: int) -> float:
-        return max(moved / self.copy_tb_s, flops / self.gemm_tflop_s) / 1e6
+    def gemm_for(self, work: Work, us: float) -> float:
+        """What the products of a work that took so long could run at."""
+        if work.fp8:
+            return self.fp8_tflop_s
+        return self.gemm_tflop_s if us <= LONG_US else min(self.gemm_tflop_s, self.sustained_tflop_s)
+
+
+def bound_us(moved: int, flops: int, copy_tb_s: float, gemm_tflop_s: float) -> float:
+    return max(moved / copy_tb_s, flops / gemm_tflop_s if flops else 0.0) / 1e6
 
 
 # ------------------------------------------------------------------ timing
@@ -473,7 +506,13 @@ class Ceilings:
 
 def one_by_one(work: Work, scratch: Tensor) -> float:
     """Median microseconds. What goes before a call sweeps L2, and keeps the GPU busy while the call is launched."""
-    before = work.restore or scratch.neg_
+
+    def before() -> None:
+        if work.restore is not None:
+            work.restore()
+        for _ in range(2):  # the second one for the host alone: some calls launch several kernels
+            scratch.neg_()
+
     before()
     work.run()  # compiles
     times = _times(work.run, before, 3)
@@ -532,7 +571,7 @@ def l2_bytes() -> int:
 
 
 def ceilings(on: Device, scratch: Tensor) -> Ceilings:
-    """Of a copy of 1 GiB, read and written, and of a GEMM of 4096x4096x14336."""
+    """Of a copy of 1 GiB, read and written, and of GEMMs of 4096x4096x14336."""
     source = on.normal(2**29)
     target = torch.empty_like(source)
     copy = Work(lambda: target.copy_(source), [source], [target])
@@ -541,24 +580,40 @@ def ceilings(on: Device, scratch: Tensor) -> Ceilings:
     a, b, c = on.normal(m, k), on.normal(n, k), on.empty(m, n)
     gemm = Work(lambda: torch.mm(a, b.T, out=c), [a, b], [c], 2 * m * k * n)
     gemm_us = one_by_one(gemm, scratch)
-    return Ceilings(copy.bytes / copy_us / 1e6, gemm.flops / gemm_us / 1e6)
+    many = max(1, round(SUSTAINED_US / gemm_us))
+    sustained_us = one_by_one(replace(gemm, run=lambda: [gemm.run() for _ in range(many)]), scratch) / many
+    limits = Ceilings(copy.bytes / copy_us / 1e6, gemm.flops / gemm_us / 1e6, gemm.flops / sustained_us / 1e6)
+    from whet.kernels.fp8 import E4M3, supported
+
+    if not supported(a.device):
+        return limits
+    a8, b8, one = a.to(E4M3), b.to(E4M3), torch.ones((), device=on.name)
+
+    def product() -> Tensor:
+        return torch._scaled_mm(a8, b8.t(), one, one, out_dtype=on.dtype, use_fast_accum=True, out=c)
+
+    fp8 = Work(product, [a8, b8], [c], gemm.flops, fp8=True)
+    return replace(limits, fp8_tflop_s=fp8.flops / one_by_one(fp8, scratch) / 1e6)
 
 
 def result(case: Case, limits: Ceilings, scratch: Tensor) -> dict[str, Any]:
     """The fields of a line that this case has of its own."""
     line: dict[str, Any] = {"kernel": case.kernel, "shape": case.shape, "tokens": case.tokens}
     line |= dict.fromkeys(("bytes", "flops", "bound_us", "measured_us", "ratio", "timing", "error"))
+    line |= {"copy_tb_s": round(limits.copy_tb_s, 3), "gemm_tflop_s": round(limits.gemm_tflop_s, 1)}
     try:
         work, us, line["timing"] = measure(case, scratch)
     except Exception as error:  # whatever it is, the other kernels are still measured
         return line | {"error": f"{type(error).__name__}: {error}"[:500]}
-    bound = limits.bound_us(work.bytes, work.flops)
+    gemm = limits.gemm_for(work, us)
+    bound = bound_us(work.bytes, work.flops, limits.copy_tb_s, gemm)
     return line | {
         "bytes": work.bytes,
         "flops": work.flops,
         "bound_us": round(bound, 3),
         "measured_us": round(us, 3),
         "ratio": round(us / bound, 3),
+        "gemm_tflop_s": round(gemm, 1),
     }
 
 
@@ -586,17 +641,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     on, where = Device(), origin()
     scratch = on.normal(max(2**27, 2 * l2_bytes()))
+    started = time.perf_counter()
     limits = ceilings(on, scratch)
-    rates = {"copy_tb_s": round(limits.copy_tb_s, 3), "gemm_tflop_s": round(limits.gemm_tflop_s, 1)}
-    print(f"copy {rates['copy_tb_s']} TB/s, GEMM {rates['gemm_tflop_s']} TFLOP/s", file=sys.stderr, flush=True)
+    said = ", ".join(f"{name} {value:.4g}" for name, value in asdict(limits).items())
+    print(f"{said}; {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
     lines = []
     for case in cases(Sizes(), args.tokens, on):
         if case.kernel not in args.only:
             continue
         torch.cuda.empty_cache()
-        line = {"kind": "kernels", "run_id": args.run_id, **result(case, limits, scratch), **rates, **where}
+        line = {"kind": "kernels", "run_id": args.run_id, **result(case, limits, scratch), **where}
         lines.append(line)
         said = line["error"] or f"{line['measured_us']} us, {line['ratio']} of the bound"
+        said += f"; {time.perf_counter() - started:.1f} s"
         print(f"{case.kernel} {case.shape} {case.tokens or ''}: {said}", file=sys.stderr, flush=True)
         if args.out is not None:
             args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -131,7 +131,8 @@ def panels(lines: list[Line]) -> dict[Panel, list[Point]]:
 def setting(work: Line) -> str:
     """An engine's own choices: micro-batches, what it keeps, packing."""
     kept = f"within {work['gpu_memory']} GiB" if work.get("gpu_memory") else KEPT[work["gc"]]
-    return f"{work['bs']}x{work['ga']}, {kept}{', packed' if work['packing'] else ''}"
+    packed, fp8 = ", packed" if work["packing"] else "", ", fp8" if work.get("compute") == "fp8" else ""
+    return f"{work['bs']}x{work['ga']}, {kept}{packed}{fp8}"
 
 
 def front(points: list[Point]) -> list[Point]:

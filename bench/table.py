@@ -23,7 +23,7 @@ Line = dict[str, Any]
 MARKERS = re.compile(r"<!-- bench:(?P<name>[\w-]+) -->\n.*?<!-- /bench:(?P=name) -->", re.DOTALL)
 OPENING = re.compile(r"<!-- bench:[\w-]+ -->")
 BASELINE = "hf"  # what the others are set against
-OWN = {"packing": None, "gpu_memory": None}  # an engine's own ways through the same rows
+OWN = {"packing": None, "gpu_memory": None, "compute": None}  # an engine's own ways through the same rows
 NAMED = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 
 
@@ -75,7 +75,8 @@ def work(work: Line) -> str:
     recompute = {"on": "least memory", "true": "recomputing", "off": "keeping all"}[work["gc"]]
     if work.get("gpu_memory"):
         recompute = f"within {work['gpu_memory']} GiB"
-    return ", ".join([work["model"], trained, rows + (" packed" if work["packing"] else ""), recompute])
+    fp8 = ["fp8"] if work.get("compute") == "fp8" else []
+    return ", ".join([work["model"], trained, rows + (" packed" if work["packing"] else ""), recompute, *fp8])
 
 
 def against_baseline(line: Line, lines: list[Line]) -> str:

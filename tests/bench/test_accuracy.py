@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.parity import harness
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "bench" / "accuracy.py"
 SMALL = {"hidden": 64, "intermediate": 128, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16}
-SMALL |= {"length": 32, "window": 10, "batches": 2}
+SMALL |= {"length": 32, "window": 10, "batches": 2, "loss_rows": 16, "loss_batches": 2}
 FIELDS = {
     *("kind", "run_id", "family", "base", "whet", "plain", "autocast", "ratio", "spread", "attention", "size", "r"),
     *("hardware", "versions", "commit", "dirty", "date"),
@@ -66,7 +67,8 @@ def test_a_line_says_what_was_measured_and_where(lines: list[dict[str, Any]]) ->
         assert (line["kind"], line["run_id"]) == ("accuracy", "test")
         assert line["size"].items() >= SMALL.items()
         assert {"torch", "transformers", "peft", "bitsandbytes", "whet"} <= line["versions"].keys()
-        assert sum(line["attention"].values()) == 2 * SMALL["layers"] * SMALL["batches"]  # forward and backward
+        passes = 3 * SMALL["batches"] + SMALL["loss_batches"]  # forward for the logits, forward, backward; forward
+        assert sum(line["attention"].values()) == passes * SMALL["layers"]
 
 
 def test_the_distances_are_those_of_bf16_from_a_far_more_exact_result(lines: list[dict[str, Any]]) -> None:
@@ -79,8 +81,9 @@ def test_the_distances_are_those_of_bf16_from_a_far_more_exact_result(lines: lis
                 assert 5e-4 < line[way][part] < 0.1
         for part in PARTS:
             assert line["ratio"][part] == pytest.approx(line["whet"][part] / line["plain"][part])
-        for low, high in line["spread"].values():
-            assert 0 < low <= high < math.inf
+        assert line["spread"].keys() == PARTS
+        for part, (low, high) in line["spread"].items():
+            assert 0 < low < line["ratio"][part] < high < math.inf
         assert line["plain"] != line["autocast"]
 
 
@@ -93,8 +96,8 @@ def test_widths_that_bitsandbytes_gets_wrong_are_refused(accuracy: Any) -> None:
 def test_errors_are_taken_over_all_batches_together(accuracy: Any) -> None:
     """Catches a mean of each batch's own relative error, in which a small batch weighs as much as a large one."""
 
-    def result(*values: float) -> Any:
-        return accuracy.Result(*[torch.tensor(values, dtype=torch.float64)] * 4)
+    def result(*values: float) -> dict[str, torch.Tensor]:
+        return {part: torch.tensor(values, dtype=torch.float64) for part in PARTS}
 
     ours, theirs = accuracy.Errors(), accuracy.Errors()
     ours.add(result(3.0, 4.5), result(3.0, 4.0))
@@ -110,19 +113,107 @@ def test_the_reference_keeps_documents_apart(accuracy: Any, size: Any, family: s
     """Catches packed documents that see each other in the reference or in plain transformers: whet would look wrong."""
     folder = accuracy.write(tmp_path, family, size)
     plain = accuracy.plain_model(folder, family, "bf16", "cpu")
-    exact = accuracy.exact_model(folder, family, plain)
+    exact = accuracy.exact_model(folder, family, plain, "cpu")
+    accuracy.check_exact(exact)
     accuracy.randomise({"whet": plain, "exact": exact})
     draw = torch.Generator().manual_seed(0)
     documents = [torch.randint(3, size.vocabulary, (length,), generator=draw) for length in (20, 7, 30)]
-    together = accuracy.one_pass(exact, harness.packed(documents), "cpu")
-    alone = [accuracy.one_pass(exact, harness.packed([document]), "cpu") for document in documents]
-    assert together.token_loss.dtype == torch.float64
+    together = accuracy.one_pass(exact, harness.packed(documents))
+    alone = [accuracy.one_pass(exact, harness.packed([document])) for document in documents]
+    assert together["token_loss"].dtype == torch.float64
     for part in ("token_loss", "logits"):
-        apart = torch.cat([getattr(one, part) for one in alone])
-        assert harness.relative(getattr(together, part), apart) < 1e-5
-    assert together.loss.item() == pytest.approx(together.token_loss.mean().item(), rel=1e-6)
-    of_plain = accuracy.one_pass(plain, harness.packed(documents), "cpu")
-    assert harness.relative(of_plain.logits, together.logits) < 0.1
+        apart = torch.cat([one[part] for one in alone])
+        assert harness.relative(together[part], apart) < 1e-5
+    of_plain = accuracy.one_pass(plain, harness.packed(documents))
+    assert harness.relative(of_plain["logits"], together["logits"]) < 0.1
+
+
+class Seen(TorchDispatchMode):
+    """Which libraries' operations ran, and the dtypes of matrix products that sum over more than one value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.libraries: set[str] = set()
+        self.products: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.libraries.add(func.namespace)
+        if func.overloadpacket.__name__ in ("mm", "bmm", "addmm", "baddbmm"):
+            first = args[-2]
+            if first.shape[-1] > 1:  # transformers up to 5.17 multiplies angles so: a product of two values each
+                self.products.add(first.dtype)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("base", ["bf16", "nf4"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_the_reference_is_torch_s_own_operations_in_fp64(
+    accuracy: Any, size: Any, family: str, base: str, tmp_path: Path
+) -> None:
+    """Catches a product in less than fp64 in the reference, and a kernel of bitsandbytes' in its weights or passes."""
+    folder = accuracy.write(tmp_path, family, size)
+    plain = accuracy.plain_model(folder, family, base, "cpu")
+    with Seen() as seen:
+        exact = accuracy.exact_model(folder, family, plain, "cpu")
+        for batch in accuracy.batches(size):
+            accuracy.one_pass(exact, batch)
+    assert seen.libraries == {"aten"}
+    assert seen.products == {torch.float64}
+
+
+def test_a_reference_that_rounds_is_refused(
+    accuracy: Any, size: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Catches fused layers, NF4 weights, bf16, another attention or TF32 in what the others are measured against."""
+    folder = accuracy.write(tmp_path, "llama", size)
+    plain = accuracy.plain_model(folder, "llama", "bf16", "cpu")
+    with pytest.raises(accuracy.NotExact, match="bfloat16"):
+        accuracy.check_exact(plain)
+    with pytest.raises(accuracy.NotExact, match="of bitsandbytes"):
+        accuracy.check_exact(accuracy.plain_model(folder, "llama", "nf4", "cpu"))
+    with pytest.raises(accuracy.NotExact, match="attention is sdpa"):
+        accuracy.check_exact(plain.double())
+    exact = accuracy.exact_model(folder, "llama", plain, "cpu")
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    with pytest.raises(accuracy.NotExact, match="TF32"):
+        accuracy.check_exact(exact)
+    norm = exact.get_base_model().model.norm
+    norm.forward = norm.forward
+    with pytest.raises(accuracy.NotExact, match="has been changed"):
+        accuracy.check_exact(exact)
+
+
+def test_the_loss_is_compared_row_by_row(accuracy: Any, size: Any, tmp_path: Path) -> None:
+    """Catches one loss a batch, whose errors cancel, and whet's measured without its own output head."""
+    folder = accuracy.write(tmp_path, "gemma2", size)
+    models = {"whet": accuracy.whet_model(folder, "gemma2", "bf16")}
+    models |= {"plain": accuracy.plain_model(folder, "gemma2", "bf16", "cpu")}
+    models |= {"exact": accuracy.exact_model(folder, "gemma2", models["plain"], "cpu")}
+    accuracy.randomise(models)
+    batch, other = list(accuracy.loss_batches(size))
+    assert batch["input_ids"].shape == (size.loss_rows, size.length)
+    assert not torch.equal(batch["input_ids"], other["input_ids"])
+    exact = accuracy.row_losses(models["exact"], batch)["loss"]
+    assert exact.shape == (size.loss_rows,)
+    one = {name: x[5:6] for name, x in batch.items()}
+    assert accuracy.one_pass(models["exact"], one)["token_loss"].mean() == pytest.approx(exact[5].item(), rel=1e-6)
+    calls: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        head = accuracy.whet_head
+
+        def counted(model: Any, batch: Any) -> Any:
+            calls.append(model)
+            return head(model, batch)
+
+        patch.setattr(accuracy, "whet_head", counted)
+        ours = accuracy.row_losses(models["whet"], batch)["loss"]
+        theirs = accuracy.row_losses(models["plain"], batch)["loss"]
+    assert len(calls) == 1
+    assert calls[0] is models["whet"]
+    for found in (ours, theirs):
+        assert 0 < harness.relative(found, exact) < 0.01
+    with pytest.raises(RuntimeError, match="the mean of the tokens'"):
+        accuracy.check_mean(exact.mean() * 1.001, exact)
 
 
 def test_the_reference_of_an_nf4_base_has_the_values_its_bits_stand_for(
@@ -134,7 +225,7 @@ def test_the_reference_of_an_nf4_base_has_the_values_its_bits_stand_for(
     folder = accuracy.write(tmp_path, "llama", size)
     models = {"plain": accuracy.plain_model(folder, "llama", "nf4", "cpu")}
     models |= {"whet": accuracy.whet_model(folder, "llama", "nf4")}
-    models |= {"exact": accuracy.exact_model(folder, "llama", models["plain"])}
+    models |= {"exact": accuracy.exact_model(folder, "llama", models["plain"], "cpu")}
     accuracy.check_same_bits(models["whet"], models["plain"])
     weights = accuracy.nf4_weights(models["whet"])
     assert len(weights) == 7 * size.layers
@@ -158,11 +249,19 @@ def test_the_reference_of_an_nf4_base_has_the_values_its_bits_stand_for(
 def test_a_layer_without_the_fused_block_is_refused(
     accuracy: Any, size: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Catches a line that says whet and measured transformers: here padding at the left needs a mask."""
-    documents = [torch.arange(3, 3 + length) for length in (20, 12)]
-    monkeypatch.setattr(accuracy, "batches", lambda size: iter([harness.padded(documents, side="left")]))
-    with pytest.raises(accuracy.NotFused, match="0 of 2 layer passes"):
-        accuracy.measure("llama", "bf16", size, "cpu")
+    """Catches a line that says whet and measured transformers: here in one of the two layers."""
+    load = accuracy.whet_model
+
+    def with_a_norm_of_its_own(*given: Any) -> Any:
+        model = load(*given)
+        norm = model.get_base_model().model.layers[1].input_layernorm
+        norm.weight = torch.nn.Parameter(norm.weight.detach().clone(), requires_grad=False)
+        return model
+
+    monkeypatch.setattr(accuracy, "whet_model", with_a_norm_of_its_own)
+    made = accuracy.write(tmp_path, "llama", size)
+    with pytest.raises(accuracy.NotFused, match=r"6 of 12 layer passes .*norms that were replaced"):
+        accuracy.measure(made, "llama", "bf16", size, "cpu")
 
 
 def test_counting_leaves_the_block_as_it_was(accuracy: Any) -> None:

@@ -6,9 +6,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
+import torch
+
+from tests.bench.scripts import load
 
 ROOT = Path(__file__).parents[2]
 FIELDS = {
@@ -43,8 +47,9 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
 def test_a_line_says_what_was_measured_and_where(lines: dict[str, dict[str, Any]], engine: str) -> None:
     """Catches a figure that nobody can place afterwards."""
     line = lines[engine]
-    assert line.keys() == FIELDS
+    assert line.keys() == (FIELDS | {"plan"} if engine == "whet" else FIELDS)
     assert line["engine"] == engine
+    assert line["work"]["compute"] == "bf16"
     assert line["run_id"] == "test"
     assert len(line["losses"]) == 2
     assert len(line["first_steps_s"]) == 1
@@ -66,6 +71,75 @@ def test_steps_that_leave_nothing_to_time_are_refused() -> None:
     assert "--warm must leave" in done.stderr
 
 
+def test_fp8_is_refused_for_other_engines() -> None:
+    """Catches a line that says fp8 and was measured in bf16."""
+    done = finetune("--engine", "hf", "--compute", "fp8")
+    assert done.returncode == 2
+    assert "--compute fp8 is whet's alone: leave it out for hf" in done.stderr
+
+
+class Loader:
+    """Stands for whet's FastLanguageModel: keeps what it is called with."""
+
+    given: ClassVar[dict[str, Any]] = {}
+
+    @classmethod
+    def from_pretrained(cls, folder: str, **options: Any) -> tuple[str, str]:
+        cls.given = options
+        return "model", "tokenizer"
+
+    @staticmethod
+    def get_peft_model(model: str, **options: Any) -> str:
+        return model
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], {"use_gradient_checkpointing": "whet"}),
+        (["--compute", "fp8", "--gc", "off"], {"use_gradient_checkpointing": False, "compute": "fp8"}),
+        (
+            ["--compute", "fp8", "--gpu-memory", "21"],
+            {"use_gradient_checkpointing": "auto", "gpu_memory": 21.0, "compute": "fp8"},
+        ),
+    ],
+)
+def test_whet_is_loaded_as_asked(options: list[str], expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a --compute or --gpu-memory that is written in the line and never reaches the model."""
+    bench = load("finetune")
+    monkeypatch.setattr("whet.FastLanguageModel", Loader)
+    monkeypatch.setattr(sys, "argv", ["finetune.py", "--engine", "whet", *options])
+    args = bench.arguments()
+    bench.load_whet(Path("here"), args, torch.float32)
+    fixed = ("max_seq_length", "dtype", "load_in_4bit", "full_finetuning")
+    assert {name: value for name, value in Loader.given.items() if name not in fixed} == expected
+
+
+def test_the_plan_is_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a plan that was made and is not in the line, or a link in other units."""
+    bench = load("finetune")
+    shared = SimpleNamespace(plan="8 rows at a time, once a step; everything kept")
+    monkeypatch.setattr("whet.models.fused.shared_of", lambda model: shared)
+    monkeypatch.setattr("whet.plan.fit.device_rates", lambda device: SimpleNamespace(link=55.04e9))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert bench.plan_of(None) == {"chosen": shared.plan, "link_gb_s": 55.0}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("whet.models.fused.shared_of", lambda model: None)
+    assert bench.plan_of(None) == {"chosen": None, "link_gb_s": None}
+
+
+def test_a_line_is_shown_with_and_without_its_plan(lines: dict[str, dict[str, Any]]) -> None:
+    """Catches a table or a picture that takes new lines alone, or old ones alone."""
+    table, pareto = load("table"), load("pareto")
+    line = lines["whet"] | {"peak_allocated_gib": 1.0}
+    older = {name: value for name, value in line.items() if name != "plan"}
+    older["work"] = {name: value for name, value in line["work"].items() if name != "compute"}
+    rows = table.render([line, older]).splitlines()[2:4]
+    assert rows[0] == rows[1]
+    (points,) = pareto.panels([line, older]).values()
+    assert points[0] == points[1]
+
+
 @pytest.fixture(scope="module")
 def traced(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
     """A run with --trace: its line, and the file of the profiled step."""
@@ -79,7 +153,7 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], di
 def test_profiled_steps_come_on_top_of_the_timed_ones(traced: tuple[dict[str, Any], dict[str, Any]]) -> None:
     """Catches figures that hold the profiler's own time."""
     line, trace = traced
-    assert line.keys() == FIELDS
+    assert line.keys() == FIELDS | {"plan"}
     assert len(line["losses"]) == 2
     assert line["step_s"]["min"] == line["step_s"]["max"]  # of the one step after the warm one
     assert line["real_tok_s"] == pytest.approx(2 * 2 * 32 / line["step_s"]["median"], rel=0.01)

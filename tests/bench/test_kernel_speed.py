@@ -29,7 +29,17 @@ from whet.kernels._triton import HAVE_TRITON
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "bench" / "kernel_speed.py"
 # of the kernels' files: they launch nothing, or once for a model
-HELPERS = {"chunk_rows", "lay_out", "kernel_takes", "stack", "supported", "takes", "weight_scales"}
+HELPERS = {
+    "chunk_rows",
+    "lay_out",
+    "kernel_takes",
+    "random_bits",
+    "stack",
+    "stack_dense",
+    "supported",
+    "takes",
+    "weight_scales",
+}
 
 
 bench = load("kernel_speed")
@@ -127,6 +137,7 @@ LORA = (T, 64, 16)
         ("linear_log_probs", "", 2 * 8 * 64 + 100 * 64, 8 * (8 + 4 + 4 + 1), 2 * 2 * 8 * 100 * 64),
         ("logits_gradient", "", 2 * 4 * 100, 4 * (8 + 4 + 4), 0),
         ("linear_log_probs_weight_grad", "", 8 * 64 + 2 * 100 * 64, 8 * (8 + 4 + 4), 2 * 2 * 8 * 100 * 64),
+        ("stochastic_round", "", 0, 64 * 128 * (4 + 2), 0),
         ("lora_xa", "K=128", T * 128 + 16 * 128 + T * 16, 0, 2 * T * 128 * 16),
         ("lora_dyb", "N=256", T * 256 + 256 * 16 + T * 16, 0, 2 * T * 256 * 16),
         ("lora_db", "N=128", T * 128 + T * 6, 128 * 6 * 4, 2 * T * 128 * 6),
@@ -142,10 +153,19 @@ def test_what_must_move(kernel: str, shape: str, values: int, other_bytes: int, 
 
 def test_the_bound_is_the_slower_of_both_rates() -> None:
     """Catches a unit that is off by a thousand."""
-    limits = bench.Ceilings(copy_tb_s=2.0, gemm_tflop_s=500.0)
-    assert limits.bound_us(4_000_000, 0) == pytest.approx(2.0)
-    assert limits.bound_us(4_000_000, 10**9) == pytest.approx(2.0)
-    assert limits.bound_us(4_000_000, 10**10) == pytest.approx(20.0)
+    assert bench.bound_us(4_000_000, 0, 2.0, 0.0) == pytest.approx(2.0)
+    assert bench.bound_us(4_000_000, 10**9, 2.0, 500.0) == pytest.approx(2.0)
+    assert bench.bound_us(4_000_000, 10**10, 2.0, 500.0) == pytest.approx(20.0)
+
+
+def test_products_are_held_to_the_rate_of_their_kind() -> None:
+    """Catches FP8 held to bf16's rate, and milliseconds of products to the rate of a card that has just rested."""
+    limits = bench.Ceilings(3.0, gemm_tflop_s=800.0, sustained_tflop_s=700.0, fp8_tflop_s=1400.0)
+    bf16 = bench.Work(lambda: None, [], [], 1)
+    fp8 = named("scaled_mm")
+    assert [limits.gemm_for(bf16, us) for us in (600.0, 15_000.0)] == [800.0, 700.0]
+    assert [limits.gemm_for(fp8, us) for us in (600.0, 15_000.0)] == [1400.0, 1400.0]
+    assert named("attention").fp8 is False
 
 
 def test_sets_together_exceed_the_cache() -> None:
@@ -256,7 +276,7 @@ def failing() -> Any:
 def test_a_failing_kernel_is_a_line_of_its_own() -> None:
     """Catches a kernel that vanishes from the results by failing."""
     case = bench.Case("rms_norm", "D=64", 64, failing)
-    line = bench.result(case, bench.Ceilings(3.0, 700.0), torch.empty(1))
+    line = bench.result(case, bench.Ceilings(3.0, 700.0, 650.0), torch.empty(1))
     assert line["error"] == "RuntimeError: misaligned\naddress | and more"
     assert line["measured_us"] is line["ratio"] is None
     assert (line["kernel"], line["shape"], line["tokens"]) == ("rms_norm", "D=64", 64)
@@ -283,7 +303,7 @@ def test_lines_and_exit_code(
     """Catches a success that hides a failure, and a line that lacks what it was set against. The timer is a stub."""
     taken: list[str] = []
     monkeypatch.setattr(bench, "measure", measured(taken))
-    monkeypatch.setattr(bench, "ceilings", lambda on, scratch: bench.Ceilings(3.0, 700.0))
+    monkeypatch.setattr(bench, "ceilings", lambda on, scratch: bench.Ceilings(3.0, 700.0, 650.0))
     monkeypatch.setattr(bench, "l2_bytes", lambda: 1)
     monkeypatch.setattr(bench, "Device", lambda: SmallScratch())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
