@@ -86,10 +86,10 @@ def test_chunks_make_no_difference() -> None:
 
 @pytest.mark.parametrize(
     ("rows", "vocabulary", "expected"),
-    [(4096, 128256, 512), (4096, 262144, 256), (513, 128256, 384), (100, 128256, 128), (0, 128256, 128)],
+    [(4096, 128256, 1024), (4096, 262144, 512), (1025, 128256, 640), (100, 128256, 128), (0, 128256, 128)],
 )
 def test_a_chunk_fits_its_bytes_and_is_not_left_nearly_empty(rows: int, vocabulary: int, expected: int) -> None:
-    """Catches a second chunk of one row, which reads the whole weight for it. bf16, 128 MiB."""
+    """Catches a second chunk of one row, which reads the whole weight for it. bf16, 256 MiB."""
     assert chunk_rows(rows, vocabulary * 2, cross_entropy.CHUNK_BYTES) == expected
 
 

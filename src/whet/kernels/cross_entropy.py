@@ -33,7 +33,7 @@ import torch
 from whet.kernels._precision import wide_dtype
 from whet.kernels._triton import fused, jit, tl, triton
 
-CHUNK_BYTES = 128 << 20
+CHUNK_BYTES = 256 << 20  # 1,024 rows of 128,256: 128 tiles for the product with W, one for nearly each core of an H100
 ROWS = 128  # chunks are multiples of it, which GEMM tiles divide
 LEAST_ROWS = 256  # with fewer rows a chunk's GEMMs wait for W from memory
 LEAST_COLUMNS = 1024  # of dW's chunks: with fewer they wait for h, and dW's GEMM has too few tiles for all cores

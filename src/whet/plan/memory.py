@@ -21,7 +21,7 @@ GIB = 2**30
 PARKED_LAYERS = 2  # of values on their way to the host or back, on the device at one time
 SLACK = 0.005  # of the budget, for the allocator's rounding
 TILES = (4096, 2048, 1024, 512)  # tokens that go through a weight at once
-HEAD_CHUNK = 128 * 2**20
+HEAD_CHUNK = 256 * 2**20
 LIBRARIES = 224 * 2**20  # workspaces of cuBLAS, in the forward's thread and in the backward's, and of cuDNN
 
 
