@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "runs": "recipe",
     "plan": "models",
     "evals": "models data",
-    "train": "models data plan recipe runs",
+    "train": "kernels models data plan recipe runs",
     "export": "models quant",
     "serve": "models data export",
     "language_model": "models export",

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 import whet
 from tests.train.setups import common
+from whet.kernels.stochastic_round import stochastic_round_reference
 from whet.train import optimizer
 from whet.train.optimizer import AdamW8bit
 
 SHAPES = [(4096,), (4097,), (5000,), (65536 + 3,), (7,), (16, 300), (300, 16), (1, 4095), (3, 3), (256, 256), (1, 8191)]
 STEPS = 20
+SEED = 11
 
 
 def bitsandbytes_own(groups: list[dict[str, Any]]) -> AdamW:
@@ -29,7 +31,38 @@ def bitsandbytes_own(groups: list[dict[str, Any]]) -> AdamW:
 
 
 def ours(groups: list[dict[str, Any]]) -> AdamW8bit:
-    return AdamW8bit(groups, lr=1e-3, eps=1e-7)
+    return AdamW8bit(groups, lr=1e-3, eps=1e-7, stochastic_rounding=False)
+
+
+def rounding(groups: list[dict[str, Any]], seed: int = SEED) -> AdamW8bit:
+    return AdamW8bit(groups, lr=1e-3, eps=1e-7, seed=seed)
+
+
+class OnCopies(AdamW):
+    """What `rounding` is to do: bitsandbytes' own steps on copies in fp32, which the reference rounds back to bf16."""
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        super().__init__(groups, lr=1e-3, eps=1e-7, optim_bits=8)
+
+    def update_step(self, group: dict[str, Any], p: Tensor, gindex: int, pindex: int) -> None:
+        if p.dtype != torch.bfloat16:
+            super().update_step(group, p, gindex, pindex)
+            return
+        copied = p.detach().float()
+        copied.grad = p.grad.float()
+        self.state[copied] = self.state[p]
+        super().update_step(group, copied, gindex, pindex)
+        del self.state[copied]
+        number = sum(-(-q.numel() // 256) for q in self.before(p))
+        step = self.state[p]["step"]
+        p.copy_(stochastic_round_reference(copied.view(-1), number, seed=SEED, step=step).view(p.shape))
+
+    def before(self, p: Tensor) -> Iterator[Tensor]:
+        for group in self.param_groups:
+            for q in group["params"]:
+                if q is p:
+                    return
+                yield q
 
 
 class Run:
@@ -57,7 +90,7 @@ class Run:
             generator = torch.Generator().manual_seed(1 + self.done)
             for number, p in enumerate(self.parameters):
                 grad = torch.randn(p.shape, generator=generator).mul(0.01 * (1 + number % 3)).to(p.device, p.dtype)
-                absent = (number == 0 and self.done in (0, 1)) or (number in (1, 8, 9) and self.done % 5 == 3)
+                absent = (number == 0 and self.done in (0, 1)) or (number in (1, 8, 9, 14) and self.done % 5 == 3)
                 p.grad = None if absent else grad
             for group in self.optimizer.param_groups:
                 group["lr"] *= 0.9
@@ -188,6 +221,7 @@ def test_the_state_dict_has_bitsandbytes_form() -> None:
     one.step(3)
     other.step(3)
     left, right = one.optimizer.state_dict(), other.optimizer.state_dict()
+    assert {group.pop("rounding_seed") for group in right["param_groups"]} == {None}
     assert left["param_groups"] == right["param_groups"]
     assert left["state"].keys() == right["state"].keys()
     for number, entry in left["state"].items():
@@ -311,10 +345,13 @@ def test_a_limit_on_the_update_s_norm_is_each_parameter_s_own() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_a_parameter_changed_to_another_dtype(calls: list[tuple[int, torch.dtype]]) -> None:
-    """Catches weights in bf16 that are updated, and rounded, by the kernel for fp32."""
+@pytest.mark.parametrize(("left", "right"), [(bitsandbytes_own, ours), (OnCopies, rounding)])
+def test_a_parameter_changed_to_another_dtype(
+    left: Callable[..., AdamW], right: Callable[..., AdamW], calls: list[tuple[int, torch.dtype]]
+) -> None:
+    """Catches weights in bf16 that are rounded by the kernel for fp32, and places kept from before the change."""
     results = []
-    for make in (bitsandbytes_own, ours):
+    for make in (left, right):
         torch.manual_seed(0)
         layers = nn.Sequential(nn.Linear(80, 90), nn.Linear(80, 90))
         adam = make([{"params": list(layers.parameters())}])
@@ -325,7 +362,7 @@ def test_a_parameter_changed_to_another_dtype(calls: list[tuple[int, torch.dtype
                 p.grad = torch.randn_like(p)
             calls.clear()
             adam.step()
-            assert {seen for _, seen in calls} == {dtype}
+            assert {seen for _, seen in calls} == {torch.float32 if make in (OnCopies, rounding) else dtype}
         results.append(list(layers.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -351,14 +388,198 @@ def test_closures_hooks_and_new_groups() -> None:
 
 
 def test_made_like_bitsandbytes_own() -> None:
-    """Catches settings that do not come over from the optimizer that is replaced."""
+    """Catches settings that do not come over from the optimizer that is replaced, and options that get lost."""
     p, q = nn.Parameter(torch.ones(3000)), nn.Parameter(torch.ones(3))
     groups = [{"params": [p], "weight_decay": 0.3}, {"params": [q], "lr": 7.0}]
     own = AdamW(groups, lr=0.1, betas=(0.5, 0.6), eps=1e-3, weight_decay=0.2, optim_bits=8, min_8bit_size=2000)
     made = AdamW8bit.like(own)
     assert made.param_groups == own.param_groups
-    assert made.defaults == own.defaults
+    assert made.defaults == own.defaults | {"rounding_seed": 0}
     assert vars(made.args) == vars(own.args)
+    for options, seed in (({"seed": 5}, 5), ({"stochastic_rounding": False, "seed": 5}, None)):
+        fresh = AdamW([{"params": [p]}, {"params": [q]}], optim_bits=8)
+        assert [group["rounding_seed"] for group in AdamW8bit.like(fresh, **options).param_groups] == [seed, seed]
+
+
+@pytest.mark.parametrize("chunk", [optimizer.CHUNK, 1 << 13, 1 << 16])
+def test_bf16_is_rounded_at_random_and_nothing_else_changes(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches pieces and chunks whose random bits are not their values' own, fp32 weights that are rounded, a piece
+    that uses another's moments, and moments that differ from those of bitsandbytes' own steps in bf16."""
+    monkeypatch.setattr(optimizer, "CHUNK", chunk)
+    one, other, nearest = Run(OnCopies), Run(rounding), Run(bitsandbytes_own)
+    for _ in range(STEPS):
+        for run in (one, other, nearest):
+            run.step()
+        assert_same(one, other)
+    for p, q in zip(other.parameters, nearest.parameters, strict=True):
+        assert torch.equal(p, q) == (p.dtype == torch.float32)
+        moments, own = (run.optimizer.state[of] for run, of in ((other, p), (nearest, q)))
+        assert all(torch.equal(moments[name], own[name]) for name in moments if name != "step")
+
+
+@pytest.mark.parametrize("chunk", [optimizer.CHUNK, 1 << 13])
+def test_a_resumed_run_is_the_run_itself(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches random bits that depend on the layout (which differs here: some have no gradient in the first step after
+    resuming), on steps since the start of the process, or on a seed that the checkpoint does not hold."""
+    monkeypatch.setattr(optimizer, "CHUNK", chunk)
+    whole, begun = Run(rounding), Run(rounding)
+    whole.step(12)
+    begun.step(8)
+    file = io.BytesIO()
+    torch.save([begun.optimizer.state_dict(), [p.detach() for p in begun.parameters]], file)
+    file.seek(0)
+    state, weights = torch.load(file)
+    resumed = Run(lambda groups: rounding(groups, seed=5))
+    resumed.optimizer.load_state_dict(state)
+    for p, q in zip(resumed.parameters, weights, strict=True):
+        p.data.copy_(q)
+    resumed.done = 8
+    resumed.step(4)
+    assert_same(whole, resumed)
+
+
+def test_another_seed_rounds_otherwise() -> None:
+    """Catches a seed that is not used, and the same random bits for every step."""
+    runs = [Run(rounding), Run(lambda groups: rounding(groups, seed=SEED + 1))]
+    for run in runs:
+        run.step()
+    for p, q in zip(runs[0].parameters, runs[1].parameters, strict=True):
+        assert torch.equal(p, q) == (p.dtype == torch.float32 or p.grad is None)
+
+
+@pytest.mark.parametrize("first", [bitsandbytes_own, rounding])
+def test_checkpoints_of_rounded_weights_go_both_ways(first: Callable[..., AdamW]) -> None:
+    """Catches a state of bitsandbytes', which has no seed, that turns rounding off, and one it cannot load."""
+    begun, runs = Run(first), [Run(OnCopies), Run(rounding)]
+    begun.step(5)
+    for run in runs:
+        run.optimizer.load_state_dict(begun.optimizer.state_dict())
+        for p, q in zip(run.parameters, begun.parameters, strict=True):
+            p.data.copy_(q.data)
+        run.done = 5
+        run.step(4)
+    assert_same(*runs)
+
+
+def test_small_updates_are_not_lost() -> None:
+    """Catches weights that stay where they are: a regression in fp32, in bf16 to nearest and in bf16 at random.
+
+    Weights from 0.25 on are spaced 2^-9 apart: to nearest, steps of 2e-4 change nothing.
+    """
+    losses = {}
+    for name, dtype, stochastic in (
+        ("fp32", torch.float32, True),
+        ("nearest", torch.bfloat16, False),
+        ("stochastic", torch.bfloat16, True),
+    ):
+        generator = torch.Generator().manual_seed(0)
+        inputs, noise = torch.randn(4096, 64, generator=generator), torch.randn(4096, 80, generator=generator) / 10
+        start = torch.rand(64, 80, generator=generator) / 8 + 0.25
+        target = inputs @ (start + 0.03 * torch.randn(64, 80, generator=generator)) + noise
+        weight = nn.Parameter(start.bfloat16().to(dtype))
+        adam = AdamW8bit([weight], weight_decay=0.0, stochastic_rounding=stochastic)
+        for step in range(1000):
+            rows = torch.randint(0, 4096, (256,), generator=generator)
+            error = inputs[rows] @ weight.detach().float() - target[rows]
+            weight.grad = (inputs[rows].t() @ error).to(dtype)
+            adam.param_groups[0]["lr"] = 2e-4 * (1 - step / 1000)
+            adam.step()
+        losses[name] = (inputs @ weight.detach().float() - target).square().mean().item()
+    assert losses["nearest"] > 6 * losses["fp32"]
+    assert losses["stochastic"] < 1.05 * losses["fp32"]
+
+
+def test_large_bf16_parameters_go_through_in_pieces(
+    calls: list[tuple[int, torch.dtype]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a copy in fp32 as large as the parameter, and buffers for each of them."""
+    monkeypatch.setattr(optimizer, "CHUNK", 1 << 14)
+    parameters = [nn.Parameter(torch.randn(n).bfloat16()) for n in (5000, 100_000, 6000, 1 << 14, 40_000)]
+    adam = AdamW8bit(parameters)
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    adam.step()
+    assert sizes(calls) == sorted([5120 + 6144, 1 << 14, *6 * [1 << 14], 100_000 % (1 << 14), *2 * [1 << 14], 7232])
+    assert {dtype for _, dtype in calls} == {torch.float32}
+    buffers = {place.chunk.weights.untyped_storage() for place in adam._places.values()}
+    assert [buffer.nbytes() for buffer in buffers] == [4 << 14]
+
+
+def test_hundreds_in_bf16_take_few_calls(calls: list[tuple[int, torch.dtype]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an update, or a rounding, a parameter."""
+    rounded: list[int] = []
+    own = optimizer.stochastic_round
+
+    def counted(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        rounded.append(x.numel())
+        return own(x, *args, **kwargs)
+
+    monkeypatch.setattr(optimizer, "stochastic_round", counted)
+    parameters = [nn.Parameter(torch.randn(16, 300).bfloat16()) for _ in range(200)]
+    adam = AdamW8bit(parameters)
+    for p in parameters:
+        p.grad = torch.randn_like(p)
+    adam.step()
+    assert sizes(calls) == rounded == [200 * 4864]
+
+
+def test_what_bitsandbytes_own_method_updates_is_rounded_too() -> None:
+    """Catches rounding to nearest where weights do not lie in one piece, or the update's norm has a limit."""
+    results = []
+    for make in (OnCopies, rounding):
+        torch.manual_seed(0)
+        tall, limited, plain = (
+            nn.Parameter(t.bfloat16()) for t in (torch.randn(64, 100).t(), torch.randn(100), torch.randn(70, 90))
+        )
+        GlobalOptimManager.get_instance().override_config([limited], "max_unorm", 0.02)
+        adam = make([{"params": [plain, tall]}, {"params": [limited]}])
+        for _ in range(4):
+            for p in (tall, limited, plain):
+                p.grad = torch.randn(p.shape).bfloat16()
+            adam.step()
+        results.append([p.detach().clone() for p in (tall, limited, plain)])
+        assert set(adam.state) == {tall, limited, plain}
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_group_turns_rounding_on_and_off() -> None:
+    """Catches a layout made for the one way that is used for the other, and groups added later without a seed."""
+    runs = []
+    for makes in ((ours, rounding), (bitsandbytes_own, OnCopies)):
+        torch.manual_seed(0)
+        parameters = [nn.Parameter(torch.randn(n).bfloat16()) for n in (5000, 300, 9000)]
+        adam: AdamW = makes[0]([{"params": parameters[:2]}])
+        adam.add_param_group({"params": parameters[2:]})
+        for step in range(6):
+            if step in (2, 4):
+                for group in adam.param_groups:
+                    group["rounding_seed"] = SEED if step == 2 else None
+                if makes[0] is bitsandbytes_own:
+                    state, adam = adam.state_dict(), makes[step == 2](adam.param_groups)
+                    adam.load_state_dict(state)
+            for p in parameters:
+                p.grad = torch.randn_like(p)
+            adam.step()
+        runs.append(parameters)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    added = rounding([{"params": runs[0][:2]}])
+    added.add_param_group({"params": runs[0][2:]})
+    assert [group["rounding_seed"] for group in added.param_groups] == [SEED, SEED]
+
+
+def test_the_seed_is_a_number() -> None:
+    """Catches None taken for a seed: in a group it means that weights are rounded to nearest."""
+    with pytest.raises(TypeError, match="stochastic_rounding=False"):
+        AdamW8bit([nn.Parameter(torch.ones(3))], seed=None)
+
+
+def test_torch_s_generator_is_left_alone() -> None:
+    """Catches random bits taken from dropout's and the data's."""
+    run = Run(rounding)
+    run.step()
+    before = torch.get_rng_state()
+    run.optimizer.step()
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("name", ["adamw_8bit", "adamw_bnb_8bit"])

@@ -71,10 +71,15 @@ def _link(device: torch.device, size: int = 64 * 2**20) -> float:
 
 def static_bytes(model: nn.Module, optimizer: str) -> float:
     """What lies on the device all the time: what does now, and gradients and optimizer states to come."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    states = 2.1 if optimizer in EIGHT_BIT else 8
-    coming = sum(p.numel() * (states + (p.element_size() if p.grad is None else 0)) for p in trained)
-    return torch.cuda.memory_allocated() + coming + (OPTIMIZER_BUFFERS if optimizer in EIGHT_BIT else 0)
+    eight_bit = optimizer in EIGHT_BIT
+    # transformers has bitsandbytes keep an embedding's moments in 32 bits
+    embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    coming = 0.0
+    for p in model.parameters():
+        if p.requires_grad:
+            states = 2.1 if eight_bit and p not in embeddings else 8
+            coming += p.numel() * (states + (p.element_size() if p.grad is None else 0))
+    return torch.cuda.memory_allocated() + coming + (OPTIMIZER_BUFFERS if eight_bit else 0)
 
 
 def plan(
