@@ -372,10 +372,12 @@ def linear_log_probs_weight_grad(
     need_weight: bool = True,
     need_bias: bool = False,
     chunk_bytes: int = CHUNK_BYTES,
+    add_to: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(dW, db) of a loss whose gradient for log_probs_N is `upstream_N`, in the dtypes of weight and bias.
 
     Arguments as `linear_log_probs` took them, and the lse_N that it gave. Two products with the vocabulary.
+    add_to [V, D], in the dtype of h: dW is added to it, and is what comes back.
     chunk_bytes: size of the logits buffer, unless 1024 tokens need more. Autograd sees nothing of this.
     """
     N, V = h_ND.shape[0], weight_VD.shape[0]
@@ -384,7 +386,9 @@ def linear_log_probs_weight_grad(
         dtype = h_ND.dtype
         labels_N = labels_N.contiguous()
         upstream_N = upstream_N.to(wide_dtype(dtype)).contiguous()
-        dweight_VD = torch.empty_like(weight_VD, memory_format=torch.contiguous_format) if need_weight else None
+        dweight_VD = add_to
+        if need_weight and add_to is None:
+            dweight_VD = torch.empty_like(weight_VD, memory_format=torch.contiguous_format)
         dbias_V = torch.empty_like(bias) if need_bias and bias is not None else None
         columns = chunk_rows(V, N * h_ND.element_size(), chunk_bytes, LEAST_COLUMNS)
         buffer = h_ND.new_empty(N, columns)
@@ -401,7 +405,9 @@ def linear_log_probs_weight_grad(
                 dbias_V[part] = logits_NC.sum(0, dtype=upstream_N.dtype)
             if dweight_VD is None:
                 continue
-            if dweight_VD.dtype == dtype:
+            if add_to is not None:
+                add_to[part].addmm_(logits_NC.T, h_ND)
+            elif dweight_VD.dtype == dtype:
                 torch.mm(logits_NC.T, h_ND, out=dweight_VD[part])
             else:  # rounded as under autocast
                 dweight_VD[part] = logits_NC.T @ h_ND

@@ -41,7 +41,7 @@ class Block:
     """A layer as it stands in one forward pass: its shape, weights, adapters, and the batch's positions.
 
     cos, sin [P, d'/2] in fp32: token t takes row t % P. tile: tokens that go through a weight at once.
-    fp8: the base's products run in FP8.
+    fp8: the base's products run in FP8. in_place: gradients of weights are added to the weights' own.
     """
 
     shape: LayerShape
@@ -51,6 +51,7 @@ class Block:
     layout: Rows | Documents
     tile: int
     fp8: bool = False
+    in_place: bool = False
     norm_grads: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
@@ -118,8 +119,8 @@ class Block:
 
     def backward(
         self, h: Tensor, dout: Tensor, saved: Saved, *, input_grad: bool, dout_e: Tensor | None = None
-    ) -> tuple[Tensor | None, list[Tensor]]:
-        """The gradient of the layer's input, None unless `input_grad`, and those of `parameters`.
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """The gradient of the layer's input, None unless `input_grad`, and those of `parameters` (None: `in_place`).
 
         The first lies in the first D columns of a buffer with Wd's margin, for the layer below to fill: given that
         buffer as `dout_e`, it need not copy.
@@ -160,7 +161,7 @@ class Block:
 
     def mlp_backward(
         self, dout: Tensor, dout_e: Tensor | None, saved: Saved, w: LayerWeights
-    ) -> tuple[Tensor, list[Tensor]]:
+    ) -> tuple[Tensor, list[Tensor | None]]:
         """The gradient of m, in the first D columns of a buffer with Wo's margin, and those of gate_up's and down's."""
         m, gate_up_p, down, ge, de = saved["m"], self.p.gate_up, self.p.down, w.gate_up, w.down
         dm, grads = m.new_empty(m.shape[0], w.o.width_out), _Sum()
@@ -180,20 +181,15 @@ class Block:
             glu_backward(da, gate_up, self.shape.activation, act=act, out=dgue[:, : gate_up_p.rows])
             del da, gate_up
             self.fill_gradient_margin(dgue, gate_up_p, ge)
-            down_grads = down.gradients(dye[:, down.rows :], act, dye[:, : down.rows], saved["down_tail"][s])
+            down_grads = self.gradients(down, dye, act, saved["down_tail"][s])
             del act, dye
             dx = ge.back_product(dgue)
-            up_grads = gate_up_p.gradients(
-                dgue[:, gate_up_p.rows :],
-                x[:, : gate_up_p.columns],
-                dgue[:, : gate_up_p.rows],
-                x[:, gate_up_p.columns :],
-            )
+            up_grads = self.gradients(gate_up_p, dgue, x[:, : gate_up_p.columns], x[:, gate_up_p.columns :])
             grads.add([*up_grads, *down_grads])
             self.norm_backward(dx, m[s], "mlp_norm", residual=dout[s], out=dm[s, : self.p.o.rows])
         return dm, grads.total
 
-    def project_o_backward(self, dm: Tensor, saved: Saved, e: Weights) -> tuple[Tensor, list[Tensor]]:
+    def project_o_backward(self, dm: Tensor, saved: Saved, e: Weights) -> tuple[Tensor, list[Tensor | None]]:
         """The gradient of attention's output, and those of Wo's adapter. Fills the margin of dm."""
         p, o = self.p.o, saved["o"]
         do, grads = torch.empty_like(o), _Sum()
@@ -205,7 +201,7 @@ class Block:
                 self.norm_gradient(dm[s, : p.rows], saved["attention_output"], s, "attention_post_norm", out)
             self.fill_gradient_margin(dye, p, e)
             e.back_product(dye, out=do[s])
-            grads.add(p.gradients(dye[:, p.rows :], o[s], dye[:, : p.rows], saved["o_tail"][s]))
+            grads.add(self.gradients(p, dye, o[s], saved["o_tail"][s]))
         return do, grads.total
 
     def project_qkv_backward(
@@ -217,7 +213,7 @@ class Block:
         e: Weights,
         *,
         input_grad: bool,
-    ) -> tuple[Tensor | None, list[Tensor]]:
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
         p = self.p.qkv
         dqkve = h.new_empty(h.shape[0], e.width_out)
         raw = {"qkv": saved["qkv"]} if self.shape.spec.qk_norm else {}
@@ -227,7 +223,7 @@ class Block:
         for s in self.tiles(h):
             x, dye = self.normed(h[s], self.shape.input_norm, p, e), dqkve[s]
             self.fill_gradient_margin(dye, p, e)
-            grads.add(p.gradients(dye[:, p.rows :], x[:, : p.columns], dye[:, : p.rows], x[:, p.columns :]))
+            grads.add(self.gradients(p, dye, x[:, : p.columns], x[:, p.columns :]))
             if input_grad or "input_norm" in self.trained_norms:
                 dx = e.back_product(dye)
                 out = dh[s, : p.columns]
@@ -255,6 +251,9 @@ class Block:
         ae = gate_up.new_empty(gate_up.shape[0], de.width_in)
         glu(gate_up, self.shape.activation, out=ae[:, : self.p.down.columns])
         return self.fill_margin(ae, self.p.down, de)
+
+    def gradients(self, p: Projection, dye: Tensor, x: Tensor, tail: Tensor) -> list[Tensor | None]:
+        return p.gradients(dye[:, p.rows :], x, dye[:, : p.rows], tail, in_place=self.in_place)
 
     def fill_margin(self, xe: Tensor, p: Projection, e: Weights) -> Tensor:
         """x A^T behind x."""
@@ -322,16 +321,18 @@ class Block:
 
 
 class _Sum:
-    """The sum of each tile's list of gradients."""
+    """The sum of each tile's list of gradients; None stays where a gradient has been added elsewhere."""
 
     def __init__(self) -> None:
-        self.total: list[Tensor] = []
+        self.total: list[Tensor | None] = []
 
-    def add(self, tile: list[Tensor]) -> None:
+    def add(self, tile: list[Tensor | None]) -> None:
         if not self.total:
             self.total = tile
-        else:
-            torch._foreach_add_(self.total, tile)
+            return
+        pairs = [(a, b) for a, b in zip(self.total, tile, strict=True) if a is not None and b is not None]
+        if pairs:
+            torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
 
 
 def _numbered(name: str, tensors: tuple[Tensor, ...]) -> Saved:

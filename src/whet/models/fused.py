@@ -41,8 +41,9 @@ class Shared:
 
     policy: what each keeps for the backward pass, where `layers` does not say it layer by layer. tile: tokens that go
     through a weight at once. fp8: the base's products run in FP8. auto: whether a trainer may plan policy and tile,
-    within `budget` bytes on the device. plan: the one it made, in words. gradient: the buffer in which the layer above
-    has handed one down.
+    within `budget` bytes on the device. plan: the one it made, in words. in_place: a trainer runs the pass, and will
+    find gradients of weights in the weights' own `grad`, wherever they were made. gradient: the buffer in which the
+    layer above has handed one down.
     """
 
     config: Any
@@ -54,6 +55,7 @@ class Shared:
     auto: bool = False
     budget: float | None = None
     plan: str | None = None
+    in_place: bool = False
     host: HostMemory | None = None
     said: set[str] = field(default_factory=set)
     gradient: Tensor | None = None
@@ -157,7 +159,7 @@ class FusedLayer:
         fp8 = shared.fp8 and all(p.fp8_base is not None for p in projections.all)
         if shared.fp8 and not fp8:
             self._say("weights that are no multiple of FP8's tiles, or not NF4", "16 bits, not FP8")
-        return Block(shape, projections, cos, sin, layout, shared.tile, fp8)
+        return Block(shape, projections, cos, sin, layout, shared.tile, fp8, shared.in_place)
 
     def _say(self, reason: str, what: str = "generic path, not the fused block") -> str:
         """Say once a model why its layers run in another way than was asked for."""
@@ -225,7 +227,7 @@ class _Layer(torch.autograd.Function):
             )
         shared.gradient = dh
         given = [
-            g.to(p.dtype) if needed else None
+            g.to(p.dtype) if needed and g is not None else None
             for g, p, needed in zip(gradients, block.parameters, ctx.needs_input_grad[4:], strict=True)
         ]
         if dh is not None:

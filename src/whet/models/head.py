@@ -23,6 +23,8 @@ from transformers.modeling_utils import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
 from whet.kernels.cross_entropy import linear_log_probs, linear_log_probs_weight_grad
+from whet.models.fused import shared_of
+from whet.models.projection import takes_in_place
 
 log = logging.getLogger("whet")
 
@@ -150,6 +152,7 @@ def _forward(
         softcap,
         scale,
         torch.is_grad_enabled(),
+        head.weight.requires_grad and (shared := shared_of(model)) is not None and shared.in_place,
     )
     if label_rows is not None:
         log_probs, entropy, is_top1 = (torch.where(mask, x, x.new_zeros(())) for x in fields)
@@ -164,9 +167,10 @@ def _forward(
 class LinearLogProbs(torch.autograd.Function):
     """`linear_log_probs` of the rows `rows_N` of `h_TD`, differentiable with respect to h_TD, weight and bias.
 
-    (h_TD, rows_N int64 without repeats, weight_VD, labels_N, bias, softcap, scale, need_grad) -> log_probs_N, and
-    entropy_N and is_top1_N without gradient. Runs in autocast's dtype. need_grad: whether grad mode is on, which
-    `forward` itself cannot see. Kept for backward: the N rows of h's gradient; for that of weight and bias, those of h.
+    (h_TD, rows_N int64, weight_VD, labels_N, bias, softcap, scale, need_grad, in_place) -> log_probs_N, and entropy_N
+    and is_top1_N without gradient. Runs in autocast's dtype. Rows may repeat only where nothing reads their log_probs.
+    need_grad: whether grad mode is on, which `forward` itself cannot see. in_place: add the weight's gradient to its
+    `grad`. Kept for backward: the N rows of h's gradient; for that of weight and bias, those of h.
     """
 
     @staticmethod
@@ -180,6 +184,7 @@ class LinearLogProbs(torch.autograd.Function):
         softcap: float | None,
         scale: float,
         need_grad: bool,
+        in_place: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         h_ND = h_TD.index_select(0, rows_N)
         if torch.is_autocast_enabled(h_ND.device.type):
@@ -200,6 +205,7 @@ class LinearLogProbs(torch.autograd.Function):
         ctx.mark_non_differentiable(result.entropy_N, result.is_top1_N)
         ctx.shape, ctx.dtype, ctx.softcap, ctx.scale = h_TD.shape, h_TD.dtype, softcap, scale
         head = (h_ND, weight_VD, bias, labels_N, result.lse_N) if trained else ()
+        ctx.weight = weight_VD if in_place and of_weight and takes_in_place(weight_VD, h_ND.dtype) else None
         ctx.save_for_backward(rows_N, result.dh_ND, *head)
         return result.log_probs_N, result.entropy_N, result.is_top1_N
 
@@ -221,7 +227,10 @@ class LinearLogProbs(torch.autograd.Function):
                 scale=ctx.scale,
                 need_weight=ctx.needs_input_grad[2],
                 need_bias=ctx.needs_input_grad[4],
+                add_to=None if ctx.weight is None else ctx.weight.grad,
             )
+            if ctx.weight is not None:
+                ctx.weight.grad, dweight_VD = dweight_VD, None
         if dh_ND is not None:
             dh_TD = dh_ND.new_zeros(ctx.shape, dtype=ctx.dtype)
             for i in range(0, len(rows_N), BACKWARD_ROWS):  # in parts, so that no third tensor of this size is made
@@ -229,4 +238,4 @@ class LinearLogProbs(torch.autograd.Function):
                 scaled = dh_ND.new_empty(dh_ND[part].shape, dtype=ctx.dtype)
                 torch.mul(dh_ND[part], grad_N[part, None], out=scaled)  # in the gradient's fp32, rounded once
                 dh_TD.index_copy_(0, rows_N[part], scaled)
-        return dh_TD, None, dweight_VD, None, dbias_V, None, None, None
+        return dh_TD, None, dweight_VD, None, dbias_V, None, None, None, None

@@ -139,10 +139,13 @@ class Projection:
         biases = [part.bias.detach() if part.bias is not None else like.new_zeros(part.rows) for part in self.parts]
         return torch.cat(biases)
 
-    def gradients(self, g_TR: Tensor, x_TK: Tensor, dy_TN: Tensor, tail_TR: Tensor) -> list[Tensor]:
+    def gradients(
+        self, g_TR: Tensor, x_TK: Tensor, dy_TN: Tensor, tail_TR: Tensor, *, in_place: bool = False
+    ) -> list[Tensor | None]:
         """fp32 gradients of `parameters` from one tile of tokens.
 
         g: dY (s B), the margin of the gradient; x: the input; dy: the gradient of the output; tail: x A^T.
+        in_place: those of weights are added to the weights' own `grad`, and None here.
         """
         if not self.parameters:
             return []
@@ -150,7 +153,8 @@ class Projection:
         if self.adapted:
             downs = product(g_TR[:, : self.rank].T, x_TK)
             ups = product(dy_TN.T, tail_TR[:, : self.rank])
-        found, row, column = [], 0, 0
+        found: list[Tensor | None] = []
+        row, column = 0, 0
         for part in self.parts:
             rows = slice(row, row + part.rows)
             if downs is not None and ups is not None and part.down is not None:
@@ -159,7 +163,13 @@ class Projection:
                 column = ranks.stop
             for parameter in part.trained:
                 dy = dy_TN[:, rows]
-                found.append(product(dy.T, x_TK) if parameter.ndim == 2 else dy.sum(0, dtype=wide_dtype(dy.dtype)))
+                if parameter.ndim != 2:
+                    found.append(dy.sum(0, dtype=wide_dtype(dy.dtype)))
+                elif in_place and takes_in_place(parameter, dy.dtype):
+                    add_to_gradient(parameter, dy.T, x_TK)
+                    found.append(None)
+                else:
+                    found.append(product(dy.T, x_TK))
             row = rows.stop
         return found
 
@@ -206,6 +216,20 @@ class Projections:
             fits = len(known) == 4 and layer_weights.takes(known)
             self._laid_out[dtype, apart] = layer_weights.LayerWeights(known, dtype, apart) if fits else None
         return self._laid_out[dtype, apart]
+
+
+def takes_in_place(parameter: nn.Parameter, dtype: torch.dtype) -> bool:
+    """Whether a product in `dtype` may be added to a parameter's `grad`, behind autograd's back: nobody listens."""
+    heard = parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
+    return parameter.dtype == dtype and parameter.is_leaf and not heard
+
+
+def add_to_gradient(parameter: nn.Parameter, a: Tensor, b: Tensor) -> None:
+    """parameter.grad += a @ b, rounded once."""
+    if parameter.grad is None:
+        parameter.grad = a @ b
+    else:
+        parameter.grad.addmm_(a, b)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

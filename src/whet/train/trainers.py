@@ -222,6 +222,7 @@ class SFTTrainer(OlderTrainer, trl.SFTTrainer):
 
     config_class = SFTConfig
     _passes: PassGraph | None = None
+    _first_step: int | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -245,7 +246,7 @@ class SFTTrainer(OlderTrainer, trl.SFTTrainer):
             self.data_collator = PaddingFree(**{**settings, "padding_free": True, "whole": whole})
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        self._passes = None
+        self._passes = self._first_step = None
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -281,13 +282,23 @@ class SFTTrainer(OlderTrainer, trl.SFTTrainer):
 
     def _pass(self, model: Any, inputs: Arguments, num_items_in_batch: Any) -> dict[str, torch.Tensor]:
         """The loss of TRL's training step, and what was measured on the way: nothing else of a pass is kept."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        shared = fused.shared_of(self.model)
+        if shared is not None:
+            shared.in_place = True
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            if shared is not None:
+                shared.in_place = False
         return {"loss": loss} | {name: self._metrics["train"][name].pop() for name in MEASURED}
 
     def _may_record(self, model: Any, inputs: Arguments, items: Any) -> bool:
-        if not (
-            isinstance(items, torch.Tensor) and items.is_cuda and "label_rows" in inputs and self._is_plain(inputs)
-        ):
+        """Whether this pass may run as a graph. Not in the first step: the optimizer has yet to take its memory."""
+        if not (isinstance(items, torch.Tensor) and items.is_cuda and "label_rows" in inputs):
+            return False
+        if self._first_step is None:
+            self._first_step = self.state.global_step
+        if self._first_step == self.state.global_step:
             return False
         if self._passes is None:
 
