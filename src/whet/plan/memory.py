@@ -1,8 +1,9 @@
 """How much memory a step takes, buffer by buffer, and the fastest plan that fits.
 
 A plan says how many tokens go through the model at once and what each layer keeps for its backward, and where. Every
-buffer of models/block.py is counted, so the peak is computed, not guessed. Time is estimated from rates of the device:
-products and attention run at its matrix rate, dequantization at its memory's, copies to the host at its link's.
+buffer of models/block.py and models/head.py is counted, layer by layer, so the peak is computed, not guessed. Time is
+estimated from what a layer does: products and attention at the device's matrix rate, what only moves values at its
+memory's, copies to the host at its link's, and the pause after each kernel.
 
 Bytes throughout; times in seconds. T tokens of a pass, t of a tile, D width, F MLP width, Q and W widths of q and qkv.
 """
@@ -12,17 +13,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import pairwise, product
+from itertools import combinations, pairwise, product
 
 from whet.models.activations import ALL, ATTENTION, INPUT, MOST, Policy
 from whet.models.families import LayerShape
 
 GIB = 2**30
-PARKED_LAYERS = 2  # of values on their way to the host or back, on the device at one time
 SLACK = 0.005  # of the budget, for the allocator's rounding
 TILES = (4096, 2048, 1024, 512)  # tokens that go through a weight at once
 HEAD_CHUNK = 256 * 2**20
-LIBRARIES = 224 * 2**20  # workspaces of cuBLAS, in the forward's thread and in the backward's, and of cuDNN
+HEAD_ROWS = 4096  # of the gradient that the head hands down, which are scaled at once
+# cuBLAS takes 32 MiB for the forward's thread and as much for the backward's; the rest is what four measured peaks
+# leave (tests/plan/test_memory.py): cuDNN's, tables of positions, the batch.
+LIBRARIES = 128 * 2**20
+
+# Rates as parts of the device's own, measured on an H100. Attention: 480 TFLOP/s forward, 338 backward, of 700.
+# Adapters' products, whose one side is tens wide, reach 0.8 of the memory's rate, and so does dequantization (0.83).
+# The link, assumed: a tenth is lost in gaps between one tensor's copy and the next.
+ATTENTION_FORWARD, ATTENTION_BACKWARD = 0.69, 0.48
+SKINNY = 0.8
+LINK = 0.9
+# From the end of a kernel to the full speed of the next, in a recorded pass. Fitted, not measured: with the rates above
+# and 8 ms a step beside its passes, it brings four measured steps (tests/plan/test_memory.py), of 8,000 to 33,000
+# kernels, within 1.2%. A fixed cost of a pass would be hard to tell from it.
+GAP = 4e-6
 
 
 @dataclass(frozen=True)
@@ -40,9 +54,13 @@ class Device:
 
 
 Mix = Mapping[Policy, int]  # how many layers have each
+ON_DEVICE = (ALL, MOST, ATTENTION, INPUT)
+ON_HOST = tuple(replace(policy, offload=True) for policy in ON_DEVICE)
+EVERY = ON_DEVICE + ON_HOST
 
-# Measured where a result is committed under bench/results; others take the nearest.
-HOPPER = Device(matrix=660e12, memory=3.0e12, link=50e9)
+# Others take the nearest. HOPPER's matrix rate is what an H100's power sustains (657 to 726 TFLOP/s at 512 to 8,192
+# tokens, in no order; 820 in short bursts).
+HOPPER = Device(matrix=700e12, memory=3.0e12, link=50e9)
 AMPERE = Device(matrix=230e12, memory=1.7e12, link=20e9)
 
 
@@ -77,6 +95,12 @@ class Sizes:
         d, f = self.shape.width, self.shape.hidden
         return d * self.qkv + self.q * d + 3 * d * f
 
+    @property
+    def adapter(self) -> int:
+        """Elements of a layer's adapters, if all seven linear layers have one."""
+        d, f = self.shape.width, self.shape.hidden
+        return self.rank * ((3 * d + self.qkv) + (self.q + d) + (2 * d + 2 * f) + (f + d))
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -101,64 +125,156 @@ def kept(sizes: Sizes, policy: Policy, tokens: int) -> float:
     return tokens * (a_token + (4 * s.q_heads if "lse" in policy.keep else 0))
 
 
+def _margin(sizes: Sizes, parts: int) -> int:
+    """Columns beside a projection of `parts` linear layers, as models/projection.py makes them on a GPU."""
+    return max(64, 1 << (parts * sizes.rank - 1).bit_length()) if sizes.rank else 0
+
+
 @cache
-def working(sizes: Sizes, policy: Policy, tokens: int) -> float:
-    """The most that is alive at one time beside what layers keep: in a layer's backward pass, or in the head's."""
+def layer_working(sizes: Sizes, policy: Policy, tokens: int) -> float:
+    """The most that is alive at one time in a layer's backward pass, beside what layers keep.
+
+    Its forward pass takes less: what it makes for the backward is `kept` and `again` here.
+    """
     s, e = sizes.shape, sizes.element
     d, f, q, w = s.width, s.hidden, sizes.q, sizes.qkv
-    margin = 64 if sizes.rank else 0
+    in_qkv, in_o, in_gate_up, in_down = (_margin(sizes, parts) for parts in (3, 1, 2, 1))
     t = min(tokens, sizes.tile)
-    flow = tokens * (2 * d + margin) * e  # the gradient that came in, and that of m
+    flow = tokens * e * (d + in_down + d + in_o)  # the gradient that came in, and that of m
     again = kept(sizes, MOST, tokens) - kept(sizes, policy, tokens) if "qkv" not in policy.keep else 0
     # all four projections, for a whole pass; those in 16 bits lie there already, but for the adapters
-    weights = margin * (w + d + d + q + 2 * f + d + d + f) * e
+    weights = e * (in_qkv * (w + d) + in_o * (d + q) + in_gate_up * (2 * f + d) + in_down * (d + f))
     if sizes.bits < 16:
-        weights += e * (sizes.layer_weights + 4 * margin * margin)
-    if sizes.trained:
-        weights += sizes.layer_weights * (
-            4 + 4 + e
-        )  # their gradients: a tile's and the sum in fp32, and as they are held
-    mlp = t * e * (3 * d + 2 * f + 2 * f + (0 if "gate_up" in policy.keep else 2 * f) + 3 * margin)
-    # do, dq dk dv and their rotated copy; the kernel adds up dq in fp32, and dk and dv for each query head
-    attention = tokens * e * (q + w + w + margin + 2 * q) + tokens * q * 4 + tokens * d * e
-    layer = flow + again + weights + max(mlp, attention)
-    head = tokens * d * e * 4 + HEAD_CHUNK
-    if sizes.trained_head:  # where it is tied its gradient waits for the embedding's, to the end
-        gradient = sizes.vocabulary * d * e
-        layer, head = layer + gradient, head + gradient + tokens * d * e * 2
-    return max(layer, head) + LIBRARIES
+        weights += e * (sizes.layer_weights + in_qkv**2 + in_o**2 + in_gate_up**2 + in_down**2)
+    gradients = 4 * sizes.adapter  # of the adapters, in fp32; those of weights are added where they are held
+    # normed m, the gradient with its margin, gate and up, the gradient of the activation, it again, that of gate and up
+    mlp = t * e * (d + in_gate_up + d + in_down + f + f + 2 * f + in_gate_up)
+    mlp += 0 if "gate_up" in policy.keep else t * e * 2 * f
+    if tokens > t:  # the last tile's gradients of gate and up, and of the norm's output, until the next are there
+        mlp += t * e * (2 * f + in_gate_up + d)
+    # do, dq dk dv; q and k rotated again where heads are normed; the kernel adds up dq in fp32, and dk and dv for each
+    # query head
+    attention = tokens * (e * (q + w + 2 * q + (w if s.spec.qk_norm else 0)) + 4 * q)
+    # dq dk dv, rotated back into a buffer of their own, dh; of a tile the norm's output and the gradient there
+    qkv = tokens * e * (w + w + in_qkv + d + in_down) + t * e * (d + in_qkv + d) * (2 if tokens > t else 1)
+    return flow + again + weights + gradients + max(mlp, attention, qkv)
+
+
+def head_working(sizes: Sizes, tokens: int) -> float:
+    """The most that is alive in the final norm and the head, with every row labelled.
+
+    The norm's input, its output or that one's gradient, and the head's rows, which their gradients are written over
+    unless its weight's gradient is to be made of them.
+    """
+    row = sizes.shape.width * sizes.element
+    logits = min(HEAD_CHUNK, tokens * sizes.vocabulary * sizes.element)
+    return tokens * row * (4 if sizes.trained_head else 3) + max(logits, min(tokens, HEAD_ROWS) * row)
 
 
 def peak(sizes: Sizes, static: float, policies: Mix, tokens: int) -> float:
     """Bytes on the device at the highest: `static` (weights, adapters, optimizer) and a pass of `tokens`."""
-    each = {p: kept(sizes, p, tokens) for p in policies}
-    here = sum(n * each[p] for p, n in policies.items() if not p.offload)
-    parked = [each[p] for p, n in policies.items() if p.offload for _ in range(min(n, PARKED_LAYERS))]
-    most = max(working(sizes, p, tokens) for p in policies)
-    return static + here + sum(sorted(parked, reverse=True)[:PARKED_LAYERS]) + most
+    return static + _pass_peak(sizes, spread(policies), tokens)
+
+
+def _pass_peak(sizes: Sizes, policies: tuple[Policy, ...], tokens: int) -> float:
+    """The highest of the stages of a pass, beside what lies there all the time.
+
+    A layer's backward has what it and the layers below keep on the device. Of those that wait in host memory, its own
+    values are back, and those of the next one below on the way (or, below the topmost, not let go yet since the forward
+    pass: `HostMemory` holds one layer until another comes). So the walk goes up, though the pass goes down.
+    """
+    each = {policy: (kept(sizes, policy, tokens), layer_working(sizes, policy, tokens)) for policy in set(policies)}
+    most = here = below = 0.0
+    for policy in policies:
+        values, working = each[policy]
+        if policy.offload:
+            most = max(most, here + below + values + working)
+            below = values
+        else:
+            here += values
+            most = max(most, here + below + working)
+    most = max(most, here + below + head_working(sizes, tokens))
+    if sizes.trained and sizes.trained_head:  # the embedding's own gradient, and what it is made from, twice
+        most = max(most, sizes.element * sizes.shape.width * (sizes.vocabulary + 2 * tokens))
+    return most + LIBRARIES
+
+
+@cache
+def layer_seconds(sizes: Sizes, device: Device, policy: Policy, tokens: int, length: int) -> tuple[float, float]:
+    """An estimate for one layer's forward and backward pass, without waiting for copies."""
+    s, e = sizes.shape, sizes.element
+    d, f, q, w = s.width, s.hidden, sizes.q, sizes.qkv
+    tiles = -(-tokens // sizes.tile)
+    product = 2 * tokens / device.matrix  # for each element of a weight
+    value = tokens * e / device.memory  # to read or write, for each column
+    skinny = value / SKINNY if sizes.rank else 0.0  # for each column that a product with an adapter reads
+    scores = 4 * tokens * (length / 2) * q / device.matrix
+    weights = sizes.layer_weights * (sizes.bits / 8 + e) / (SKINNY * device.memory) if sizes.bits < 16 else 0.0
+    inputs, outputs = d + q + d + f, w + d + 2 * f + d  # of all four projections
+    # kernels of models/block.py, a layer's and a tile's; gradients of adapters are added to their own one by one
+    launches, tile_launches = (3, 14) if sizes.rank else (3, 8)
+    back_launches, back_tile_launches = (19, 30) if sizes.rank else (5, 16)
+
+    forward = product * sizes.layer_weights + scores / ATTENTION_FORWARD + weights
+    forward += value * (6 * d + 2 * w + 2 * q + 3 * f)  # norms, rotation, attention's output beside its margin, SwiGLU
+    forward += skinny * inputs + GAP * (launches + tiles * tile_launches)
+
+    backward = product * sizes.layer_weights + 2.5 * scores / ATTENTION_BACKWARD + weights
+    backward += value * (12 * d + 2 * w + 6 * f)  # two norms again and backward, rotation, SwiGLU backward
+    backward += skinny * (inputs + 2 * d + 2 * outputs) + GAP * (back_launches + tiles * back_tile_launches)
+    if sizes.trained:  # the products of weights' gradients, and the gradients read and written for each tile
+        backward += product * sizes.layer_weights + 2 * e * sizes.layer_weights * tiles / device.memory
+    if "gate_up" not in policy.keep:
+        backward += product * 2 * d * f + GAP * tiles
+    if "qkv" not in policy.keep:
+        backward += product * d * (w + q) + value * (4 * d + 2 * w + 2 * q) + skinny * (d + q)
+        backward += GAP * (1 + tiles * 7)
+    if "o" not in policy.keep:
+        backward += scores / ATTENTION_FORWARD
+    if policy.offload:  # copies take their part of the memory's rate
+        copied = kept(sizes, policy, tokens) / device.memory
+        forward, backward = forward + copied, backward + copied
+    return forward, backward
+
+
+def head_seconds(sizes: Sizes, device: Device, tokens: int) -> float:
+    """Of the head's products, and of the kernel that reads their logits twice and writes the gradient over them."""
+    products = 4 if sizes.trained_head else 2
+    a_token = 2 * products * sizes.shape.width * sizes.vocabulary / device.matrix
+    return tokens * (a_token + 3 * sizes.element * sizes.vocabulary / device.memory)
 
 
 def seconds(sizes: Sizes, device: Device, policies: Mix, tokens: int, length: int) -> float:
-    """An estimate for one pass of `tokens`, forward and backward, in documents of `length`."""
-    s = sizes.shape
-    tile = min(tokens, sizes.tile)
-    matrix = device.matrix * tile / (tile + 100)  # short tiles do worse
-    through = 2 * sizes.layer_weights * tokens / matrix
-    scores = 2 * 2 * tokens * length / 2 * sizes.q / (0.6 * device.matrix)
-    dequantize = sizes.layer_weights * (sizes.bits / 8 + sizes.element) / device.memory if sizes.bits < 16 else 0.0
-    passes = kept(sizes, ALL, tokens) * 5 / device.memory  # norms, rotations, activations, adapters
-    forward = sizes.layers * (through + scores + dequantize + passes / 3)
-    backward = sizes.layers * ((2 if sizes.trained else 1) * through + 2.5 * scores + dequantize + passes * 2 / 3)
-    gate_up = 4 * s.width * s.hidden * tokens / matrix
-    qkv_and_o = 2 * s.width * (sizes.qkv + sizes.q) * tokens / matrix
-    for policy, n in policies.items():
-        backward += n * gate_up * ("gate_up" not in policy.keep)
-        backward += n * qkv_and_o * ("qkv" not in policy.keep)
-        backward += n * scores * ("o" not in policy.keep)
-    copied = sum(n * kept(sizes, p, tokens) for p, n in policies.items() if p.offload) / device.link
-    stall = max(0.0, copied - 0.9 * forward) + max(0.0, copied - 0.9 * backward)
-    head = 2 * 2 * s.width * sizes.vocabulary * tokens / device.matrix
-    return max(forward + backward + stall, sizes.layers * device.launch) + head
+    """An estimate for one pass of `tokens`, forward and backward, in documents of `length`.
+
+    What a step takes beside its passes (optimizer and trainer: about 8 ms) is the same for any plan.
+    """
+    return _pass_seconds(sizes, device, spread(policies), tokens, length)
+
+
+def _pass_seconds(sizes: Sizes, device: Device, policies: tuple[Policy, ...], tokens: int, length: int) -> float:
+    """Follows the device's two queues, one that computes and one that copies, as models/activations.py fills them."""
+    kinds = set(policies)
+    times = {policy: layer_seconds(sizes, device, policy, tokens, length) for policy in kinds}
+    copies = {policy: kept(sizes, policy, tokens) / (LINK * device.link) for policy in kinds if policy.offload}
+    now = copying = 0.0  # when all that has been queued so far is done
+    for policy in policies:
+        now += times[policy][0]
+        if policy.offload:  # one layer's values must have left when the next one's begin to
+            left = copying
+            copying = max(now, copying) + copies[policy]
+            now = max(now, left)
+    now += head_seconds(sizes, device, tokens)
+    back = now  # when the next values that a layer waits for are there; the topmost have not been let go
+    below = [policy for policy in policies if policy.offload]
+    for policy in reversed(policies):
+        if policy.offload:
+            now = max(now, back)
+            below.pop()
+            if below:
+                back = copying = max(now, copying) + copies[below[-1]]
+        now += times[policy][1]
+    return max(now, copying, len(policies) * device.launch + head_seconds(sizes, device, tokens))
 
 
 def choose(
@@ -168,47 +284,75 @@ def choose(
 
     passes: tokens that a pass may have. host: bytes of host memory that may be pinned.
     """
-    best, mix = None, None
-    for tokens, tile in product(passes, TILES):
-        if tile > tokens and tile > TILES[-1]:
-            continue  # the same as a smaller one
+    fitting = (1 - SLACK) * budget
+    candidates: list[tuple[float, int, int, tuple[Policy, ...]]] = []
+    for tokens in passes:
+        for tile in _tiles(sizes, tokens):
+            tiled = replace(sizes, tile=tile)
+            each = {p: (kept(tiled, p, tokens), sum(layer_seconds(tiled, device, p, tokens, length))) for p in EVERY}
+            head = head_seconds(tiled, device, tokens)
+            for counts, policies in _mixes(sizes.layers):
+                here = sum(n * each[p][0] for p, n in counts if not p.offload)
+                parked = sum(n * each[p][0] for p, n in counts if p.offload)
+                if static + here + head_working(tiled, tokens) + LIBRARIES < fitting and parked <= host:
+                    least = max(sum(n * each[p][1] for p, n in counts), sizes.layers * device.launch) + head
+                    candidates.append((least / tokens, tokens, tile, policies))
+    best: Plan | None = None
+    for least, tokens, tile, policies in sorted(candidates, key=lambda x: x[0]):
+        if best is not None and least >= best.seconds_a_token:
+            break  # `least` waits for no copy: nothing from here on is faster
         tiled = replace(sizes, tile=tile)
-        for policies in _mixes(sizes.layers):
-            needed = peak(tiled, static, policies, tokens)
-            parked = sum(n * kept(tiled, p, tokens) for p, n in policies.items() if p.offload)
-            if needed > (1 - SLACK) * budget or parked > host:
-                continue
-            time = seconds(tiled, device, policies, tokens, length) / tokens
-            if best is None or time < best.seconds_a_token:
-                best, mix = Plan(tokens, tile, (), needed, time), policies
-    return None if best is None or mix is None else replace(best, policies=spread(mix))
+        needed = static + _pass_peak(tiled, policies, tokens)
+        if needed > fitting:
+            continue
+        time = _pass_seconds(tiled, device, policies, tokens, length) / tokens
+        if best is None or time < best.seconds_a_token:
+            best = Plan(tokens, tile, policies, needed, time)
+    return best
 
 
 def leanest(sizes: Sizes, static: float, tokens: int) -> Plan:
     """The plan for passes of `tokens` that takes the least memory on the device."""
-    lean = replace(sizes, tile=TILES[-1])
+    lean = replace(sizes, tile=_tiles(sizes, tokens)[-1])
     mixes = [{replace(p, offload=True): sizes.layers} for p in (MOST, ATTENTION, INPUT)]
     needed, policies = min(((peak(lean, static, mix, tokens), spread(mix)) for mix in mixes), key=lambda x: x[0])
     return Plan(tokens, lean.tile, policies, needed, float("nan"))
 
 
+def _tiles(sizes: Sizes, tokens: int) -> list[int]:
+    """The tiles worth a try, the longest first. Weights' gradients are rounded at each tile: as few as can be."""
+    tiles = sorted({min(tile, tokens) for tile in TILES}, reverse=True)
+    return tiles[:1] if sizes.trained else tiles
+
+
 @cache
-def _mixes(layers: int) -> list[Mix]:
-    """n layers keep one set of values on the host, the others one or two sets on the device."""
-    counts = sorted({*range(0, layers + 1, max(1, layers // 16)), layers})
-    found: dict[frozenset[tuple[Policy, int]], Mix] = {}
-    for parked, (fuller, leaner) in product((ALL, MOST, ATTENTION, INPUT), pairwise((ALL, MOST, ATTENTION, INPUT))):
-        for on_host, full in product(counts, counts):
-            if on_host + full <= layers:
-                parts = ((replace(parked, offload=True), on_host), (fuller, full), (leaner, layers - on_host - full))
-                mix = {policy: n for policy, n in parts if n}
-                found[frozenset(mix.items())] = mix
-    return list(found.values())
+def _mixes(layers: int) -> list[tuple[tuple[tuple[Policy, int], ...], tuple[Policy, ...]]]:
+    """What layers may keep, as counts and spread out.
+
+    Some layers keep one set of values on the host and the others one or two on the device, or two on the host (which
+    together can fill the link) and one, of few layers, on the device.
+    """
+    step = max(1, layers // 16)
+    counts = sorted({*range(0, layers + 1, step), layers})
+    few = [n for n in counts if n <= layers // 4][::2]
+    parts = [
+        ((host, on_host), (fuller, full), (leaner, layers - on_host - full))
+        for host, (fuller, leaner) in product(ON_HOST, pairwise(ON_DEVICE))
+        for on_host, full in product(counts, counts)
+    ] + [
+        ((fuller, full), (leaner, layers - full - here), (device, here))
+        for (fuller, leaner), device in product(combinations(ON_HOST, 2), ON_DEVICE)
+        for full, here in product(counts, few)
+    ]
+    used = [tuple((p, n) for p, n in part if n) for part in parts if all(n >= 0 for _, n in part)]
+    return [(mix, spread(dict(mix))) for mix in {frozenset(mix): mix for mix in used}.values()]
 
 
 def spread(mix: Mix) -> tuple[Policy, ...]:
-    """A policy for each layer, those of one kind as far apart as they go: copies then have layers to hide behind."""
-    layers = sum(mix.values())
-    places = sorted(((i + 0.5) / n, order, p) for order, (p, n) in enumerate(mix.items()) for i in range(n))
-    assert len(places) == layers
+    """A policy for each layer, those of one kind as far apart as they go: copies then have layers to hide behind.
+
+    The order of `mix` does not matter.
+    """
+    kinds = sorted((p for p, n in mix.items() if n), key=lambda p: (not p.offload, len(p.keep)))
+    places = sorted(((i + 0.5) / mix[p], order, p) for order, p in enumerate(kinds) for i in range(mix[p]))
     return tuple(policy for _, _, policy in places)
