@@ -26,6 +26,9 @@ HEAD_ROWS = 4096  # of the gradient that the head hands down, which are scaled a
 # cuBLAS takes 32 MiB for the forward's thread and as much for the backward's; the rest is what four measured peaks
 # leave (tests/plan/test_memory.py): cuDNN's, tables of positions, the batch.
 LIBRARIES = 128 * 2**20
+# Above so many tokens a pass takes one more value of the width a token, and 80 MiB: measured peaks at 16,384 and 65,536
+# tokens say so, at 4,096 they do not. Who holds them is not known.
+LONG = 8192
 
 # Rates as parts of the device's own, measured on an H100. Attention: 480 TFLOP/s forward, 338 backward, of 700.
 # Adapters' products, whose one side is tens wide, reach 0.8 of the memory's rate, and so does dequantization (0.83).
@@ -141,6 +144,8 @@ def layer_working(sizes: Sizes, policy: Policy, tokens: int) -> float:
     in_qkv, in_o, in_gate_up, in_down = (_margin(sizes, parts) for parts in (3, 1, 2, 1))
     t = min(tokens, sizes.tile)
     flow = tokens * e * (d + in_down + d + in_o)  # the gradient that came in, and that of m
+    if tokens > LONG:
+        flow += tokens * e * d + 80 * 2**20
     again = kept(sizes, MOST, tokens) - kept(sizes, policy, tokens) if "qkv" not in policy.keep else 0
     # all four projections, for a whole pass; those in 16 bits lie there already, but for the adapters
     weights = e * (in_qkv * (w + d) + in_o * (d + q) + in_gate_up * (2 * f + d) + in_down * (d + f))
