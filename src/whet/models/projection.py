@@ -20,7 +20,7 @@ from whet.kernels.extend import extend, lay_out
 from whet.kernels.fp8 import weight_scales
 from whet.kernels.layer_weights import ProjectionWeight
 from whet.kernels.nf4 import NF4Weight, dequantize_nf4, stack, stack_dense
-from whet.models.weights import ApartWeights, BesideWeights, Fp8Base, Fp8Weights, Weights
+from whet.models.weights import ApartWeights, BesideWeights, Fp8Base, Fp8Weights, Weights, product
 
 
 @dataclass(frozen=True)
@@ -230,12 +230,3 @@ def add_to_gradient(parameter: nn.Parameter, a: Tensor, b: Tensor) -> None:
         parameter.grad = a @ b
     else:
         parameter.grad.addmm_(a, b)
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, summed and returned in fp32 whatever the inputs are held in."""
-    if a.dtype == wide_dtype(a.dtype):
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()

@@ -16,8 +16,18 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from whet.kernels._precision import wide_dtype
 from whet.kernels.fp8 import dequantize_nf4_fp8, quantize_rows, scaled_mm
 from whet.kernels.nf4 import NF4Weight
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, summed and returned in fp32 whatever the inputs are held in."""
+    if a.dtype == wide_dtype(a.dtype):
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
 
 
 class Weights(Protocol):
@@ -81,7 +91,11 @@ class ApartWeights:
         return y
 
     def add_product(self, residual: Tensor, xe: Tensor, out: Tensor) -> None:
-        self.product(xe, out).add_(residual)  # a sum begun with the residual would be rounded at its size, twice
+        """Summed in fp32: rounded once, at the residual's size, as with adapters beside the weight."""
+        x, tail = xe[:, : self._columns], xe[:, self._columns :]
+        small = torch.mm(tail, self.up.T)
+        for rows, part in zip(self._rows, self._parts, strict=True):
+            torch.add(residual[:, rows], product(x, part.T).add_(small[:, rows]), out=out[:, rows])
 
     def back_product(self, dye: Tensor, out: Tensor | None = None) -> Tensor:
         dx = torch.mm(dye[:, self.up.shape[0] :], self.down.T, out=out)
