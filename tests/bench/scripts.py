@@ -16,5 +16,7 @@ def load(name: str) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look their module up
+    if str(BENCH) not in sys.path:  # as when it is run: scripts import each other
+        sys.path.insert(0, str(BENCH))
     spec.loader.exec_module(module)
     return module

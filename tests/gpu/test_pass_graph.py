@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from whet import FastLanguageModel, SFTConfig, SFTTrainer
 from whet.models import activations, fused
-from whet.train import trainers
+from whet.train import sft
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -92,7 +92,7 @@ def test_recorded_passes_train_like_others(
     """Catches gradients that are lost or added twice, stale batches, and buffers that two passes write to."""
     losses, captures = trained(trainer_on(tmp_path, lengths, **options))
     assert captures >= 1
-    monkeypatch.setattr(trainers, "obstacle", lambda model: "for comparison")
+    monkeypatch.setattr(sft, "obstacle", lambda model: "for comparison")
     expected, none = trained(trainer_on(tmp_path, lengths, **options))
     assert none == 0
     assert losses == pytest.approx(expected, rel=5e-3)
@@ -126,7 +126,7 @@ def test_evaluation_between_passes_changes_nothing(tmp_path: Path, monkeypatch: 
 
     found, evaluated, captures = losses()
     assert captures >= 1
-    monkeypatch.setattr(trainers, "obstacle", lambda model: "for comparison")
+    monkeypatch.setattr(sft, "obstacle", lambda model: "for comparison")
     expected, expected_evaluated, _ = losses()
     assert found == pytest.approx(expected, rel=5e-3)
     assert evaluated == pytest.approx(expected_evaluated, rel=5e-3)
@@ -137,7 +137,7 @@ def test_a_pass_that_can_t_be_recorded_runs_as_it_is_and_says_so(
 ) -> None:
     """A wait for the GPU within the pass. Catches a failure that ends training, or leaves random numbers unusable."""
     trainer = trainer_on(tmp_path, FULL_ROWS)
-    monkeypatch.setattr(trainers, "obstacle", lambda model: None)
+    monkeypatch.setattr(sft, "obstacle", lambda model: None)
     trainer.model.get_base_model().model.norm.register_forward_hook(
         lambda module, given, out: out * out.new_ones(1).item()
     )
