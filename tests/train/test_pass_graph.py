@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import whet
 from whet.train.collator import IGNORED, PaddingFree
-from whet.train.pass_graph import DOCUMENTS, Form, obstacle
+from whet.train.pass_graph import DOCUMENTS, Form, PassGraph, obstacle
 
 Batch = dict[str, Any]
 
@@ -150,3 +150,22 @@ def test_what_a_graph_would_not_see_is_found(load: Callable[..., Any], caplog: p
     with caplog.at_level(logging.WARNING):
         dropped = whet.FastLanguageModel.get_peft_model(load("16bit")[0].unload(), r=4, lora_dropout=0.1).train()
         assert "LoRA dropout" in str(obstacle(dropped))
+
+
+def test_what_changes_between_passes_is_not_replayed(trainer: Any) -> None:
+    """A callback freezes a weight: catches a graph that goes on adding to its gradient, which the optimizer applies."""
+    passes = PassGraph(trainer.model, lambda batch: {"loss": torch.tensor(0.0)}, allowed=False)
+    seen = []
+
+    def run(change: Callable[[], object] = lambda: None) -> None:
+        change()
+        passes(batch_of([20, 30]))
+        seen.append(passes._passes)
+
+    frozen = next(p for p in trainer.model.parameters() if p.requires_grad)
+    run()
+    run()
+    run(lambda: frozen.requires_grad_(False))
+    run()
+    run(lambda: setattr(passes.shared, "tile", 16))
+    assert seen == [1, 2, 1, 2, 1]

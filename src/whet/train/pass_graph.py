@@ -109,6 +109,8 @@ class PassGraph:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.captures = 0
         self._form: Form | None = None
+        self._parameters = list(model.parameters())
+        self._settings: tuple[Any, ...] = ()
         self._passes = 0  # of this form, so far
         self._patience = 2  # passes of one form in a row before it is recorded; more each time one was let go
         self._batch: Batch = {}  # what the graph reads
@@ -117,9 +119,10 @@ class PassGraph:
         self._gradients: list[Tensor] = []
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        if self._form is None or not self._form.holds(batch):
+        settings = self._asked()
+        if self._form is None or settings != self._settings or not self._form.holds(batch):
             self.drop()
-            self._form = Form.of(batch)
+            self._form, self._settings = Form.of(batch), settings
         self._passes += 1
         if self.graph is None and (not self.allowed or self._passes < self._patience or not self._record(batch)):
             found = self.step(batch)
@@ -132,6 +135,12 @@ class PassGraph:
         assert self.graph is not None
         self.graph.replay()
         return {name: x.clone() for name, x in self._found.items()}
+
+    def _asked(self) -> tuple[Any, ...]:
+        """What a callback might change between passes, and a graph would go on doing: what trains, and how."""
+        shared = self.shared
+        how = () if shared is None else (shared.policy, shared.layers, shared.tile, shared.fp8)
+        return (*how, *(p.requires_grad for p in self._parameters))
 
     def drop(self) -> None:
         """Let the graph go, and give its memory back."""
