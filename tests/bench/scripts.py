@@ -16,7 +16,9 @@ def load(name: str) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look their module up
-    if str(BENCH) not in sys.path:  # as when it is run: scripts import each other
-        sys.path.insert(0, str(BENCH))
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(BENCH))  # as when it is run: scripts import each other
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(BENCH))  # bench/quickstart.py must not be taken for the package of that name
     return module
