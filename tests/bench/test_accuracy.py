@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.bench.scripts import load
 from tests.parity import harness
 
 ROOT = Path(__file__).parents[2]
@@ -300,11 +301,7 @@ def test_rows_are_full_and_documents_packed_in_turn(accuracy: Any, size: Any) ->
 
 def test_the_table_shows_all_three_and_the_ratio(lines: list[dict[str, Any]]) -> None:
     """Catches a row whose cells are not in the order of the columns' names."""
-    sys.path.insert(0, str(SCRIPT.parent))
-    try:
-        table = import_module("table")
-    finally:
-        sys.path.remove(str(SCRIPT.parent))
+    table = load("table")
     line = lines[0] | {way: dict.fromkeys(PARTS, value) for way, value in (("whet", 0.01), ("plain", 0.02))}
     line |= {"autocast": dict.fromkeys(PARTS, 0.03), "ratio": dict.fromkeys(PARTS, 0.5)}
     head, _, row, *_ = table.render([line]).splitlines()

@@ -12,12 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from whet.kernels import cross_entropy
+from whet.models import head
 from whet.models.activations import ALL, ATTENTION, INPUT, MOST, Policy
 from whet.models.families import FamilySpec, LayerShape, Norm
 from whet.models.projection import Part, Projection
-from whet.plan import memory
+from whet.plan import fit, memory
 from whet.plan.fit import describe
 from whet.plan.memory import EVERY, GIB, HOPPER, Mix, Plan, Sizes
+from whet.train import optimizer
 
 NORM = Norm(nn.Parameter(torch.ones(1)), 1e-5)
 LLAMA_8B = LayerShape(
@@ -285,3 +288,10 @@ def test_the_order_of_a_mix_does_not_matter() -> None:
     mix = {ALL: 12, on_host(ALL): 12, MOST: 8}
     assert memory.spread(mix) == memory.spread(dict(reversed(mix.items())))
     assert Counter(memory.spread(mix)) == mix
+
+
+def test_buffers_of_others_are_counted_as_large_as_they_make_them() -> None:
+    """Catches a buffer whose size is changed where it is made and not in the plan."""
+    assert memory.HEAD_CHUNK == cross_entropy.CHUNK_BYTES
+    assert memory.HEAD_ROWS == head.BACKWARD_ROWS
+    assert fit.OPTIMIZER_BUFFERS == 2 * 4 * optimizer.CHUNK  # weights and gradients in fp32

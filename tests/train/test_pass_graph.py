@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import whet
-from whet.train.collator import IGNORED, PaddingFree
+from whet.models.head import IGNORED
+from whet.train.collator import PaddingFree
 from whet.train.pass_graph import DOCUMENTS, Form, PassGraph, obstacle
 
 Batch = dict[str, Any]

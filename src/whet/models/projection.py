@@ -53,13 +53,10 @@ class Projection:
         self.rank = sum(part.down.shape[0] for part in self.adapted)
         self.biased = any(part.bias is not None for part in parts)
         self.parameters = tuple(p for part in parts for p in part.parameters)
-        needed = self.rank + self.biased
-        # A power of two keeps rows aligned on a GPU.
-        self.least_margin = 0 if needed == 0 else max(16, 1 << (needed - 1).bit_length())
 
     def margin(self, device: torch.device) -> int:
         """R; 0 where there is nothing to add."""
-        return max(self.least_margin, 64) if self.least_margin and device.type == "cuda" else self.least_margin
+        return margin(self.rank + self.biased, device.type)
 
     @cached_property
     def _stacked(self) -> tuple[NF4Weight | Tensor, ...]:
@@ -172,6 +169,11 @@ class Projection:
                     found.append(product(dy.T, x_TK))
             row = rows.stop
         return found
+
+
+def margin(needed: int, device_type: str) -> int:
+    """R for so many columns of adapters and bias: a power of two, which keeps rows aligned on a GPU; 0 for none."""
+    return max(64 if device_type == "cuda" else 16, 1 << (needed - 1).bit_length()) if needed else 0
 
 
 class LayerWeights(NamedTuple):

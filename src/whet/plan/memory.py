@@ -17,6 +17,7 @@ from itertools import combinations, pairwise, product
 
 from whet.models.activations import ALL, ATTENTION, INPUT, MOST, Policy
 from whet.models.families import LayerShape
+from whet.models.projection import margin
 
 GIB = 2**30
 SLACK = 0.005  # of the budget, for the allocator's rounding
@@ -129,8 +130,8 @@ def kept(sizes: Sizes, policy: Policy, tokens: int) -> float:
 
 
 def _margin(sizes: Sizes, parts: int) -> int:
-    """Columns beside a projection of `parts` linear layers, as models/projection.py makes them on a GPU."""
-    return max(64, 1 << (parts * sizes.rank - 1).bit_length()) if sizes.rank else 0
+    """Columns beside a projection of `parts` linear layers on a GPU."""
+    return margin(parts * sizes.rank, "cuda")
 
 
 @cache

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-IGNORED = -100
+from whet.models.head import IGNORED
+
 LEAST_FILLED = 0.95  # of a whole pass: with less in it the fill would cost more than the steady shape saves
 
 Batch = dict[str, Any]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from whet.models.fused import path_of, shared_of
-from whet.train.collator import IGNORED
+from whet.models.head import IGNORED
 
 log = logging.getLogger("whet")
 
