@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from whet import FastLanguageModel, SFTConfig, SFTTrainer
 from whet.models import activations, fused
@@ -97,6 +98,32 @@ def test_recorded_passes_train_like_others(
     assert none == 0
     assert losses == pytest.approx(expected, rel=5e-3)
     assert losses[-1] < losses[0]
+
+
+def test_the_host_waits_for_nothing_within_a_step(tmp_path: Path) -> None:
+    """Catches a wait in passes, in the count of tokens, in clipping or in the optimizer: the GPU would idle after it."""
+
+    class NoWaiting(TrainerCallback):
+        watched = 0
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step >= 3:  # passes are recorded, the optimizer is laid out
+                torch.cuda.set_sync_debug_mode("error")
+                self.watched += 1
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            torch.cuda.set_sync_debug_mode("default")
+
+    trainer = trainer_on(tmp_path, FULL_ROWS, include_num_input_tokens_seen="non_padding")
+    callback = NoWaiting()
+    trainer.add_callback(callback)
+    try:
+        _, captures = trained(trainer)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert captures == 1
+    assert callback.watched == 3
+    assert trainer.state.num_input_tokens_seen == 6 * 6 * LENGTH
 
 
 def test_batches_without_one_form_are_not_recorded(tmp_path: Path) -> None:

@@ -276,6 +276,25 @@ def test_the_losses_are_trl_s_own(
     assert len(set(histories[0])) == 3
 
 
+@pytest.mark.parametrize("counted", ["all", "non_padding"])
+@pytest.mark.parametrize("packing", [False, True])
+def test_tokens_are_counted_as_transformers_counts_them(
+    packing: bool, counted: str, load: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Rows of equal length, so that TRL pads none: catches a count of fill, or of each pass twice."""
+    model, tokenizer = load("16bit")
+    rows = Dataset.from_dict({"input_ids": [list(range(4, 68))] * 16})
+    settings = common(tmp_path, max_length=64, packing=packing, gradient_accumulation_steps=2, bf16=False)
+    seen = []
+    for trainer_class, config_class in ((trl.SFTTrainer, trl.SFTConfig), (whet.SFTTrainer, whet.SFTConfig)):
+        config = config_class(**settings, include_num_input_tokens_seen=counted)
+        trainer = trainer_class(model, config, train_dataset=rows, processing_class=tokenizer)
+        trainer.train()
+        seen.append([line["num_input_tokens_seen"] for line in trainer.state.log_history])
+    assert seen[1] == seen[0]
+    assert seen[0][:2] == [256, 512]
+
+
 def test_the_adapter_is_not_rounded(load: Callable[..., Any], tmp_path: Path) -> None:
     """Catches TRL's cast of a quantized model's adapter to bf16, which loses small updates."""
     model, tokenizer = load("4bit")

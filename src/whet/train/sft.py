@@ -162,6 +162,13 @@ class SFTTrainer(OlderTrainer, trl.SFTTrainer):
             and self.accelerator.num_processes == 1
         )
 
+    def _track_num_input_tokens(self, inputs: Arguments) -> None:
+        """transformers' count of tokens seen; of a padding-free batch by its shape: counting waits for the device."""
+        if self.args.include_num_input_tokens_seen == "no" or not self._is_plain(inputs):
+            super()._track_num_input_tokens(inputs)
+        else:
+            self.state.num_input_tokens_seen += _tokens(inputs)
+
     def log(self, logs: Arguments, *args: Any, **kwargs: Any) -> None:
         for values in self._metrics["train" if self.model.training else "eval"].values():
             values[:] = [float(value) for value in values]
