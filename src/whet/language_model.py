@@ -26,6 +26,7 @@ from whet.export.gguf_model import save_gguf
 from whet.export.merge import save_merged
 from whet.models import activations, fused
 from whet.models.compute import check_adapter, check_compute, use_fp8
+from whet.models.embedding import movable_embedding, move_to_host
 from whet.models.load import load
 from whet.models.lora import add_lora
 from whet.units import parse_memory
@@ -38,7 +39,6 @@ NOT_YET = {
     "load_in_fp8": "8-bit floating-point weights",
     "fast_inference": "generation through vLLM",
     "qat_scheme": "quantization-aware training",
-    "offload_embedding": "an embedding kept in host memory",
 }
 
 
@@ -59,6 +59,7 @@ class FastLanguageModel:
         num_labels: int | None = None,
         gpu_memory: str | float | None = None,
         compute: str = "bf16",
+        offload_embedding: bool = False,
         **kwargs: Any,
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Load a local folder, a hub name or `builtin:tiny`, and its tokenizer.
@@ -73,6 +74,8 @@ class FastLanguageModel:
         num_labels: load a sequence classifier with this many outputs (1 for a reward model).
         compute: "bf16" multiplies by the base in `dtype`; "fp8" in 8-bit floating point, for an NF4 base on a GPU of
         NVIDIA's Hopper generation or later; the adapter stays in `dtype`.
+        offload_embedding: hold the input embedding in host memory, where the GPU reads a row for each token. A plan
+        ("auto") does so by itself where that pays.
         kwargs: attn_implementation, device_map, revision, token, trust_remote_code, and transformers' own.
         Raises WhetError, a ValueError, for anything at fault in the model's files or in these arguments.
         """
@@ -105,6 +108,8 @@ class FastLanguageModel:
             shared.budget = budget
         if compute == "fp8":
             use_fp8(model)
+        if offload_embedding:
+            _offload_embedding(model, full=full_finetuning)
         _attach(model)
         return model, tokenizer
 
@@ -228,6 +233,19 @@ def _refuse_unsupported(kwargs: dict[str, Any]) -> None:
             raise WhetError(f"{meaning} is not supported yet", where=name, fix=f"leave {name} out")
     for name in ("max_lora_rank", "gpu_memory_utilization"):
         kwargs.pop(name, None)  # settings of fast_inference, without effect when it is off
+
+
+def _offload_embedding(model: PreTrainedModel, *, full: bool) -> None:
+    embedding = model.get_input_embeddings()
+    if not full and embedding.weight.is_cuda:
+        embedding.weight.requires_grad_(False)
+        movable = movable_embedding(model)
+        if movable is not None:
+            move_to_host(movable)
+            return
+    if full or embedding.weight.is_cuda:  # without a GPU it lies in host memory
+        why = "every weight is to be trained" if full else "the output head multiplies by the same weight"
+        raise WhetError(f"the embedding can't leave the GPU: {why}", where="offload_embedding", fix="leave it out")
 
 
 def _bytes(gpu_memory: str | float) -> float:

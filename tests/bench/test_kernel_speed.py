@@ -30,23 +30,36 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "bench" / "kernel_speed.py"
 # of the kernels' files: they launch nothing, or once for a model
 HELPERS = {
+    "alignment",
+    "arrange",
+    "available",
     "chunk_rows",
-    "lay_out",
+    "kernel_keys",
     "kernel_takes",
-    "random_bits",
+    "lay_out",
+    "matrix",
+    "new_buffer",
+    "shuffles",
     "stack",
     "stack_dense",
     "supported",
     "takes",
+    "tune",
     "weight_scales",
 }
+# called within kernels; plain functions where Triton is not installed
+PARTS = {"code_at", "decode", "random_words", "rounded_bits"}
 
 
 bench = load("kernel_speed")
+kernel_cases = sys.modules[bench.cases.__module__]
 CUDA = torch.cuda.is_available()
 HERE = bench.Device("cuda", torch.bfloat16) if CUDA else bench.Device("cpu", torch.float32)
 ITEM = torch.empty(0, dtype=HERE.dtype).element_size()
-SMALL = bench.Sizes(D=64, F=128, H=4, G=2, d=16, V=100, r=2, R=16, row=32, head_rows=8, chunk=4)
+SMALL = bench.Sizes(
+    D=64, F=128, H=4, G=2, d=16, V=100, r=2, R=16, row=32, head_rows=8, chunk=4, layers=2,
+    trained=((2, 16, 96), (1, 100, 64)),
+)  # fmt: skip
 T = 64
 CASES = bench.cases(SMALL, [T], HERE)
 
@@ -60,18 +73,27 @@ def needs_triton(kernel: str) -> None:
         pytest.skip("has no reference of its own: needs triton")
 
 
+def kernel_files() -> list[Any]:
+    names = [module.name for module in pkgutil.iter_modules(whet.kernels.__path__)]
+    return [importlib.import_module(f"whet.kernels.{name}") for name in names if not name.startswith("_")]
+
+
 def test_every_kernel_is_measured() -> None:
     """Catches a kernel that was added, or renamed, and is left out of the measurements."""
     found = set()
-    for module in pkgutil.iter_modules(whet.kernels.__path__):
-        if module.name.startswith("_"):
-            continue
-        file = importlib.import_module(f"whet.kernels.{module.name}")
+    for file in kernel_files():
         for name, function in inspect.getmembers(file, inspect.isfunction):
             if function.__module__ == file.__name__ and not name.startswith("_") and not name.endswith("_reference"):
                 found.add(name.removesuffix("_triton"))
     assert len(found) > 10
-    assert found - HELPERS - {case.kernel for case in CASES} == set()
+    assert found - HELPERS - PARTS - {case.kernel for case in CASES} == set()
+
+
+def test_what_is_excused_exists_and_is_no_kernel() -> None:
+    """Catches a name that is gone, under which a new kernel would be left out."""
+    excused = HELPERS | PARTS
+    assert {name for name in excused if not any(hasattr(file, name) for file in kernel_files())} == set()
+    assert excused & {case.kernel for case in CASES} == set()
 
 
 def test_cases_can_be_told_apart() -> None:
@@ -104,7 +126,7 @@ def test_every_case_runs(case: Any) -> None:
 def test_ragged_documents_run(kernel: str) -> None:
     """Catches a layout for rows given to documents: at the small shapes all mixed documents are equally long."""
     needs_triton(kernel)
-    work = getattr(bench, kernel)(SMALL, HERE, [5, 20, 39])
+    work = getattr(kernel_cases, kernel)(SMALL, HERE, [5, 20, 39])
     work.run()
     pairs = 5 * 6 // 2 + 20 * 21 // 2 + 39 * 40 // 2
     products = 5 if kernel.endswith("backward") else 2
@@ -115,6 +137,10 @@ QK, W = (4 + 2) * 16, (4 + 2 + 2) * 16
 TABLES = 2 * 32 * 8 * 4  # fp32
 LSE = 4 * T * 4
 LORA = (T, 64, 16)
+MAPS = 2 * (256 * 4 + 256 * 4 + 65536)
+# q, k and v, o, gate and up, down; A and B
+ADAPTERS = 2 * 2 * (3 * 64 + 64 + 2 * 64 + 128 + 64 + 2 * 32 + 64 + 2 * 128 + 64)
+ADAPTER_BLOCKS = 2 * 14  # none has more than 256 values
 
 
 @pytest.mark.parametrize(
@@ -138,6 +164,10 @@ LORA = (T, 64, 16)
         ("logits_gradient", "", 2 * 4 * 100, 4 * (8 + 4 + 4), 0),
         ("linear_log_probs_weight_grad", "", 8 * 64 + 2 * 100 * 64, 8 * (8 + 4 + 4), 2 * 2 * 8 * 100 * 64),
         ("stochastic_round", "", 0, 64 * 128 * (4 + 2), 0),
+        ("product", "16 bits", 2 * T * 64 + (T + 64) * 144, 0, 2 * T * 64 * 144),
+        ("product", "FP8", 2 * T * 256, (T + 256) * (64 + 4), 2 * T * 256 * 64),
+        ("adamw_8bit", "bf16", 0, (2 * 16 * 96 + 100 * 64) * 10 + (2 * 6 + 25) * 16 + MAPS, 0),
+        ("adamw_8bit", "fp32", 0, ADAPTERS * 16 + ADAPTER_BLOCKS * 16 + MAPS, 0),
         ("lora_xa", "K=128", T * 128 + 16 * 128 + T * 16, 0, 2 * T * 128 * 16),
         ("lora_dyb", "N=256", T * 256 + 256 * 16 + T * 16, 0, 2 * T * 256 * 16),
         ("lora_db", "N=128", T * 128 + T * 6, 128 * 6 * 4, 2 * T * 128 * 6),
@@ -149,6 +179,13 @@ def test_what_must_move(kernel: str, shape: str, values: int, other_bytes: int, 
     work = named(kernel, shape)
     assert work.bytes == values * ITEM + other_bytes
     assert work.flops == flops
+
+
+def test_adapters_are_those_of_the_8b_model() -> None:
+    """Catches a projection or a layer that is left out: PEFT counts 41,943,040 parameters at rank 16."""
+    adapters = bench.Sizes().adapters
+    assert sum(count for count, *_ in adapters) == 448
+    assert sum(count * rows * columns for count, rows, columns in adapters) == 41_943_040
 
 
 def test_the_bound_is_the_slower_of_both_rates() -> None:
@@ -166,6 +203,7 @@ def test_products_are_held_to_the_rate_of_their_kind() -> None:
     assert [limits.gemm_for(bf16, us) for us in (600.0, 15_000.0)] == [800.0, 700.0]
     assert [limits.gemm_for(fp8, us) for us in (600.0, 15_000.0)] == [1400.0, 1400.0]
     assert named("attention").fp8 is False
+    assert [named("product", shape).fp8 for shape in ("16 bits", "FP8")] == [False, True]
 
 
 def test_sets_together_exceed_the_cache() -> None:
@@ -180,10 +218,10 @@ def test_sets_together_exceed_the_cache() -> None:
 
 @pytest.mark.parametrize("total", [100, 4096, 16384])
 def test_mixed_documents_fill_the_batch(total: int) -> None:
-    lengths = bench.mixed_lengths(total, 2048)
+    lengths = kernel_cases.mixed_lengths(total, 2048)
     assert sum(lengths) == total
     assert 1 <= min(lengths) <= max(lengths) <= 2048
-    assert lengths == bench.mixed_lengths(total, 2048)
+    assert lengths == kernel_cases.mixed_lengths(total, 2048)
 
 
 class Clock:
@@ -269,6 +307,34 @@ def test_times_are_of_the_kernel_alone(
     assert (len(restores) > 5) == restored
 
 
+def test_what_keeps_the_host_is_timed_in_a_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches the host's time over a table of parameters taken for the kernel's."""
+    clock = Clock()
+    for name, stub in clock.cuda().items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+    monkeypatch.setattr(bench, "l2_bytes", lambda: 1000)
+    recording, recorded = [False], torch.cuda.graph
+
+    @contextmanager
+    def graph(*given: Any, **options: Any) -> Iterator[None]:
+        recording[0] = True
+        with recorded(*given, **options):
+            yield
+        recording[0] = False
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+
+    def run() -> None:
+        clock.now += 400.0 if recording[0] else 900.0
+
+    tensors = [torch.empty(4000, dtype=torch.uint8)]
+    case = bench.Case("adamw_8bit", "", None, lambda: bench.Work(run, tensors, [], host_bound=True))
+    _, us, how = bench.measure(case, SimpleNamespace(neg_=clock.takes(100.0)))
+    assert us == pytest.approx(400.0)
+    assert how == "replayed"
+    assert named("adamw_8bit").host_bound is True
+
+
 def failing() -> Any:
     raise RuntimeError("misaligned\naddress | and more")
 
@@ -282,6 +348,39 @@ def test_a_failing_kernel_is_a_line_of_its_own() -> None:
     assert (line["kernel"], line["shape"], line["tokens"]) == ("rms_norm", "D=64", 64)
 
 
+def needs(case: Any) -> str | None:
+    try:
+        case.needs()
+    except bench.Missing as missing:
+        return str(missing)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("kernel", "shape", "dtype"), [("product", "16 bits", HERE.dtype), ("product", "FP8", torch.float8_e4m3fn)]
+)
+def test_products_need_cublaslt_in_their_precision(
+    kernel: str, shape: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches torch's product, and its sum apart, recorded as cuBLASLt's."""
+    case = next(case for case in CASES if case.kernel == kernel and case.shape.startswith(shape))
+    asked: list[Any] = []
+    monkeypatch.setattr("whet.kernels.cublaslt.available", lambda *given: asked.append(given) or False)
+    assert needs(case) == f"cuBLASLt does not multiply {dtype} here"
+    monkeypatch.setattr("whet.kernels.cublaslt.available", lambda *given: asked.append(given) or True)
+    assert needs(case) is None
+    assert asked == [(torch.device(HERE.name), dtype)] * 2
+
+
+def test_fp8_needs_a_card_that_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches references recorded as kernels, and a bound by a rate that is not known."""
+    monkeypatch.setattr("whet.kernels.fp8.supported", lambda device: False)
+    missing = {case.kernel for case in CASES if "Hopper" in (needs(case) or "")}
+    assert missing == {"dequantize_nf4_fp8", "quantize_rows", "scaled_mm"}
+    monkeypatch.setattr("whet.kernels.fp8.supported", lambda device: True)
+    assert not [case for case in CASES if "Hopper" in (needs(case) or "")]
+
+
 def measured(works: list[Any]) -> Any:
     def measure(case: Any, scratch: Any) -> tuple[Any, float, str]:
         if case.kernel == "glu":
@@ -290,6 +389,20 @@ def measured(works: list[Any]) -> Any:
         return bench.Work(lambda: None, [torch.empty(3_000_000, dtype=torch.uint8)], []), 2.0, "replayed"
 
     return measure
+
+
+def stub_the_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels that are measured from here on. Their times, and the card's rates, are made up."""
+    taken: list[str] = []
+    monkeypatch.setattr(bench, "measure", measured(taken))
+    monkeypatch.setattr(bench, "ceilings", lambda on, scratch: bench.Ceilings(3.0, 700.0, 650.0))
+    monkeypatch.setattr(bench, "l2_bytes", lambda: 1)
+    monkeypatch.setattr(bench, "Device", lambda: SmallScratch())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "GPU A")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    return taken
 
 
 @pytest.mark.parametrize(("only", "code"), [(["rope", "glu"], 1), (["rope"], 0)])
@@ -301,15 +414,7 @@ def test_lines_and_exit_code(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Catches a success that hides a failure, and a line that lacks what it was set against. The timer is a stub."""
-    taken: list[str] = []
-    monkeypatch.setattr(bench, "measure", measured(taken))
-    monkeypatch.setattr(bench, "ceilings", lambda on, scratch: bench.Ceilings(3.0, 700.0, 650.0))
-    monkeypatch.setattr(bench, "l2_bytes", lambda: 1)
-    monkeypatch.setattr(bench, "Device", lambda: SmallScratch())
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "GPU A")
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    taken = stub_the_gpu(monkeypatch)
     out = tmp_path / "new" / "kernels.jsonl"
     given = ["--tokens", "2048", "--run-id", "one", "--out", str(out), "--only", *only]
     assert bench.main(given) == code
@@ -325,6 +430,36 @@ def test_lines_and_exit_code(
     shown = capsys.readouterr().out
     assert "| rope |" in shown
     assert ("failed: RuntimeError: no" in shown) == (code == 1)
+
+
+@pytest.mark.parametrize(
+    ("offered", "only", "shapes", "code"),
+    [
+        ([torch.bfloat16], ["product", "rope"], ["32+2x8 heads of 128", "16 bits, c apart: N=4096, K=14400"], 0),
+        ([], ["product", "rope"], ["32+2x8 heads of 128"], 0),
+        ([], ["product"], [], 1),
+    ],
+)
+def test_what_cannot_be_measured_is_said(
+    offered: list[torch.dtype],
+    only: list[str],
+    shapes: list[str],
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches a line for a kernel that did not run, one that is left out without a word, and success with no line."""
+    taken = stub_the_gpu(monkeypatch)
+    monkeypatch.setattr("whet.kernels.cublaslt.available", lambda device, dtype: dtype in offered)
+    out = tmp_path / "kernels.jsonl"
+    assert bench.main(["--tokens", "2048", "--run-id", "one", "--out", str(out), "--only", *only]) == code
+    lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    assert [line["shape"] for line in lines] == shapes
+    assert taken == [line["kernel"] for line in lines]
+    said = capsys.readouterr().err
+    assert "FP8, c in place: N=28672, K=4096 2048: not measured: cuBLASLt does not multiply torch.float8" in said
+    assert ("N=4096, K=14400 2048: not measured: cuBLASLt does not multiply torch.bfloat16" in said) == (not offered)
 
 
 class SmallScratch(bench.Device):  # type: ignore[misc, name-defined]

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.gpu.test_nf4 import random_weight
+from tests.gpu.test_nf4 import random_weight, to_cpu
 from whet.kernels import fp8
 from whet.kernels.fp8 import E4M3, dequantize_nf4_fp8, quantize_rows, scaled_mm, weight_scales
-from whet.kernels.nf4 import NF4Weight, dequantize_nf4, stack
+from whet.kernels.nf4 import dequantize_nf4, stack
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,11 +19,6 @@ pytestmark = [
         not torch.cuda.is_available() or not fp8.supported(torch.device("cuda")), reason="needs a GPU that takes E4M3"
     ),
 ]
-
-
-def to_cpu(weight: NF4Weight) -> NF4Weight:
-    tensors = {f.name: getattr(weight, f.name) for f in dataclasses.fields(weight)}
-    return dataclasses.replace(weight, **{k: x.cpu() for k, x in tensors.items() if isinstance(x, Tensor)})
 
 
 def assert_same_bits(a8: Tensor, b8: Tensor) -> None:
@@ -115,6 +110,19 @@ def test_weights_are_bitwise_the_reference(rows: int, columns: int, double: bool
         assert_same_bits(out, expected)
         assert (buffer[-1].float() == 3).all()
         assert (buffer[:, -64:].float() == 3).all()
+
+
+@pytest.mark.parametrize("size", [1e-36, 1e-30, 1e-20, 1e20, 3e38])
+def test_weights_of_any_size_are_bitwise_the_reference(size: float) -> None:
+    """Catches a reciprocal of the scale that is right for scales of common sizes alone."""
+    weight = random_weight(192, 320, False, "cuda")
+    weight = dataclasses.replace(weight, absmax=weight.absmax * size)
+    on_cpu = weight_scales(to_cpu(weight))
+    scales = tuple(s.cuda() for s in on_cpu)
+    for transposed in (False, True):
+        expected = fp8.dequantize_nf4_fp8_reference(to_cpu(weight), *on_cpu, transposed=transposed)
+        assert (expected.float() != 0).any()
+        assert_same_bits(dequantize_nf4_fp8(weight, *scales, transposed=transposed), expected)
 
 
 def test_a_stack_is_bitwise_the_reference() -> None:

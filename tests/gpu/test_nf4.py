@@ -10,7 +10,8 @@ import dataclasses
 import pytest
 import torch
 
-from whet.kernels import nf4
+from whet.kernels import layer_weights, nf4
+from whet.kernels.layer_weights import LayerWeights, ProjectionWeight
 from whet.kernels.nf4 import NF4Weight, dequantize_nf4, dequantize_nf4_reference, stack
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -86,6 +87,35 @@ def test_a_stack_is_bitwise_the_weights_one_after_another(shapes: list[tuple[int
     assert out[:, -64:].isnan().all()
     assert torch.equal(dequantize_nf4_reference(stacked), separate)
     assert stack(weights) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "shapes", [[(6144, 4096), (4096, 4096), (4096, 14336)], [(130, 192), (896, 4864), (5, 72)], [(33, 8), (3, 904)]]
+)
+def test_a_layer_in_one_launch_is_bitwise_the_reference(shapes: list[tuple[int, int]], dtype: torch.dtype) -> None:
+    """Catches a row or absmax that is found wrongly, where all programs are whole and where they are not."""
+    projections = []
+    for i, (rows, columns) in enumerate(shapes):
+        weight = random_weight(rows, columns, True, "cuda")
+        down, up = torch.randn(5, columns, device="cuda"), torch.randn(rows, 5, device="cuda")
+        projections.append(ProjectionWeight(weight, [down], [up], [0.5], 8 * (i + 1)))
+    assert layer_weights.takes(projections)
+    layer = LayerWeights(projections, dtype)
+    expected, got = (torch.full((layer.size,), float("nan"), device="cuda", dtype=dtype) for _ in range(2))
+    layer_weights.layer_weights_reference(layer, expected)
+    layer_weights.layer_weights_triton(layer, got)
+    for p, a, b in zip(projections, layer.views(expected), layer.views(got), strict=True):
+        rows, columns = p.weight.rows, p.weight.columns
+        assert not a[:rows].isnan().any()
+        assert torch.equal(a[:rows], b[:rows])
+        assert torch.equal(a[rows:, :columns], b[rows:, :columns])
+        assert torch.equal(a[:rows, :columns].cpu(), dequantize_nf4_reference(to_cpu(p.weight), dtype=dtype))
+
+
+def to_cpu(weight: NF4Weight) -> NF4Weight:
+    tensors = {f.name: getattr(weight, f.name) for f in dataclasses.fields(weight)}
+    return dataclasses.replace(weight, **{k: x.cpu() for k, x in tensors.items() if isinstance(x, torch.Tensor)})
 
 
 def test_one_launch_and_no_allocation() -> None:

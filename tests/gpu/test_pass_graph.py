@@ -101,7 +101,7 @@ def test_recorded_passes_train_like_others(
 
 
 def test_the_host_waits_for_nothing_within_a_step(tmp_path: Path) -> None:
-    """Catches a wait in passes, in the count of tokens, in clipping or in the optimizer: the GPU would idle after it."""
+    """Catches a wait in passes, the count of tokens, clipping or the optimizer: the GPU would idle after it."""
 
     class NoWaiting(TrainerCallback):
         watched = 0

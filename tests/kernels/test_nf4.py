@@ -84,9 +84,9 @@ def test_bitsandbytes_is_not_imported() -> None:
 
 @needs_interpreter
 @pytest.mark.parametrize("double", [True, False])
-@pytest.mark.parametrize(("rows", "columns"), SHAPES[:4])
+@pytest.mark.parametrize(("rows", "columns"), [*SHAPES[:4], (256, 64)])
 def test_kernel_is_the_reference(rows: int, columns: int, double: bool) -> None:
-    """Catches a wrong row or mask at the end of a program, and a fused multiply-add in absmax."""
+    """Catches a wrong row or mask at the end of a program, and a fused multiply-add; (256, 64) has no such end."""
     weight = NF4Weight.from_params4bit(params4bit(rows, columns, compress_statistics=double))
     assert nf4.kernel_takes(weight)
     buffer = torch.full((rows + 1, columns + 3), float("nan"))

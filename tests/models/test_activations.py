@@ -80,10 +80,62 @@ def test_a_forward_pass_without_a_backward_is_not_recalled(memory: HostMemory) -
     assert same(memory.fetch(kept[0]), layer(2))
 
 
-def test_another_batch_shape_gets_buffers_of_its_own(memory: HostMemory) -> None:
-    for tokens in (3, 5, 3):
-        parked = memory.park(layer(1, tokens))
-        assert same(memory.fetch(parked), layer(1, tokens))
+def step(memory: HostMemory, tokens: int, layers: int = 3) -> set[int]:
+    """One pass forward and back; the sizes of the blocks it had."""
+    parked = [memory.park(layer(i, tokens)) for i in range(layers)]
+    sizes = {p.host["h"].untyped_storage().nbytes() for p in parked}
+    for i in reversed(range(layers)):
+        assert same(memory.fetch(parked[i]), layer(i, tokens))
+    return sizes
+
+
+def test_a_layer_s_values_lie_in_one_block_that_is_no_larger_than_they_need(memory: HostMemory) -> None:
+    """Catches an allocation a value, each rounded up."""
+    host = memory.park(layer(1, 100)).host
+    assert host["h"].untyped_storage().data_ptr() == host["o"].untyped_storage().data_ptr()
+    assert host["h"].untyped_storage().nbytes() == 1024 + 512, "800 and 400 bytes, in multiples of 256"
+
+
+def test_a_smaller_batch_has_the_blocks_of_a_larger_one(memory: HostMemory) -> None:
+    """Batches that are padded to their longest row. Catches pages locked anew each step, and values cut too short."""
+    assert step(memory, 300) == {2560 + 1280}
+    assert step(memory, 40) == {2560 + 1280}
+    assert step(memory, 299) == {2560 + 1280}
+    assert len(memory._free) == 3
+
+
+def test_a_larger_batch_lets_the_blocks_of_a_smaller_one_go(memory: HostMemory) -> None:
+    """Catches memory for every batch shape there was."""
+    step(memory, 40)
+    assert step(memory, 300) == {2560 + 1280}
+    assert {block.numel() for _, block in memory._free} == {2560 + 1280}
+    assert len(memory._free) == 3
+
+
+def test_a_layer_that_keeps_little_leaves_the_block_of_one_that_keeps_much(memory: HostMemory) -> None:
+    """Catches a small layer that takes the large block, so that the large one needs another in every longer batch."""
+
+    def passed(tokens: int) -> None:
+        little, much = {"h": torch.ones(tokens)}, {"h": torch.ones(tokens), "gate_up": torch.ones(9 * tokens)}
+        parked = [memory.park(dict(x)) for x in (little, much)]
+        for p, x in zip(reversed(parked), (much, little), strict=True):
+            assert same(memory.fetch(p), x)
+
+    for tokens in (64, 128, 256):
+        passed(tokens)
+        assert sorted(block.numel() for _, block in memory._free) == [4 * tokens, 40 * tokens]
+
+
+def test_a_batch_of_fewer_tiles_has_the_same_blocks(memory: HostMemory) -> None:
+    """Catches "gate_up.1", which a short batch does not have, taken for another kind of value."""
+    used = set()
+    for tiles in (3, 1, 2):
+        parked = memory.park({"h": torch.ones(64)} | {f"gate_up.{i}": torch.ones(64) for i in range(tiles)})
+        used.add(parked.host["h"].data_ptr())
+        memory.fetch(parked)
+        del parked
+    assert len(used) == 1
+    assert [block.numel() for _, block in memory._free] == [4 * 256]
 
 
 def test_a_second_backward_is_refused(memory: HostMemory) -> None:

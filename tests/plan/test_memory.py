@@ -12,15 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from whet.kernels import cross_entropy
+from whet.kernels import cross_entropy, cublaslt
 from whet.models import head
 from whet.models.activations import ALL, ATTENTION, INPUT, MOST, Policy
 from whet.models.families import FamilySpec, LayerShape, Norm
 from whet.models.projection import Part, Projection
-from whet.plan import fit, memory
+from whet.plan import memory
 from whet.plan.fit import describe
 from whet.plan.memory import EVERY, GIB, HOPPER, Mix, Plan, Sizes
-from whet.train import optimizer
 
 NORM = Norm(nn.Parameter(torch.ones(1)), 1e-5)
 LLAMA_8B = LayerShape(
@@ -102,7 +101,9 @@ def test_a_plan_fits_its_budget_and_the_host(budget: float, host: float) -> None
         return
     assert plan.peak <= budget * GIB
     tiled = replace(SIZES, tile=plan.tile)
-    assert plan.peak == memory.peak(tiled, STATIC, Counter(plan.policies), plan.tokens)
+    ready = plan.held * memory.dequantized(tiled)
+    assert plan.peak == memory.peak(tiled, STATIC, Counter(plan.policies), plan.tokens) + ready
+    assert 0 <= plan.held <= SIZES.layers
     assert sum(memory.kept(SIZES, p, plan.tokens) for p in plan.policies if p.offload) <= host
     assert len(plan.policies) == SIZES.layers
 
@@ -137,6 +138,7 @@ def test_peaks_are_those_of_real_runs(
 ) -> None:
     """Catches a buffer that is left out, which runs out of memory, and one counted twice, which makes plans slower."""
     planned = memory.peak(replace(sizes, tile=tile), static * GIB, mix, tokens) / GIB
+    peak += cublaslt.WORKSPACE / GIB  # which came after these runs
     assert peak <= planned <= 1.03 * peak
 
 
@@ -144,6 +146,7 @@ def test_peaks_are_those_of_real_runs(
 def test_peaks_were_foreseen(mix: Mix, tokens: int, tile: int, peak: float) -> None:
     """Catches what only long rows show: buffers that grow with a pass and are nothing beside a layer's weights."""
     planned = memory.peak(replace(SIZES, tile=tile), 5.748 * GIB, mix, tokens) / GIB
+    peak += cublaslt.WORKSPACE / GIB
     assert peak <= planned <= 1.03 * peak
 
 
@@ -260,19 +263,58 @@ def test_a_budget_that_the_head_fills_to_the_last_byte_is_enough() -> None:
 
 @pytest.mark.parametrize("budget", [6.6, 7.0, 8.0, 10.0, 30.0])
 def test_the_choice_is_the_fastest_of_all_mixes_that_fit(budget: float) -> None:
-    """Catches a search that stops too early, or that passes over a mix which would have fitted."""
+    """Catches a search that stops too early, or that passes over a mix which would have fitted.
+
+    Where another that needs no host memory is nearly as fast, that one is taken.
+    """
     sizes, device = replace(SIZES, layers=12), replace(RECORDED, link=20e9)
     plan = memory.choose(sizes, device, budget * GIB, STATIC, [1024, 8192], 1024, HOST)
-    fastest = float("inf")
+    fastest = {True: float("inf"), False: float("inf")}
     for tokens in (1024, 8192):
         for tile in memory._tiles(sizes, tokens):
             tiled = replace(sizes, tile=tile)
             for counts, _ in memory._mixes(12):
                 mix = dict(counts)
-                if memory.peak(tiled, STATIC, mix, tokens) <= (1 - memory.SLACK) * budget * GIB:
-                    fastest = min(fastest, memory.seconds(tiled, device, mix, tokens, 1024) / tokens)
+                room = (1 - memory.SLACK) * budget * GIB - memory.peak(tiled, STATIC, mix, tokens)
+                if room < 0:
+                    continue
+                held = min(12, int(room / memory.dequantized(tiled)))
+                time = memory.seconds(tiled, device, mix, tokens, 1024, held) / tokens
+                parks = any(policy.offload for policy in mix)
+                fastest[parks] = min(fastest[parks], time)
+    best = min(fastest.values())
+    expected = fastest[False] if fastest[False] <= 1.01 * best else best
     assert plan is not None
-    assert plan.seconds_a_token == pytest.approx(fastest, rel=1e-12)
+    assert plan.seconds_a_token == pytest.approx(expected, rel=1e-12)
+
+
+def test_an_embedding_leaves_the_device_where_its_room_is_worth_more_than_its_rows_way() -> None:
+    sizes = replace(SIZES, embedding=0.98 * GIB)
+    passes = [2048, 4096]
+    tight, wide = (memory.choose(sizes, RECORDED, gib * GIB, STATIC, passes, 2048, HOST) for gib in (6.77, 40))
+    assert tight is not None
+    assert wide is not None
+    assert (tight.embedding_on_host, wide.embedding_on_host) == (True, False)
+    without = memory.choose(SIZES, RECORDED, 6.77 * GIB, STATIC, passes, 2048, HOST)
+    assert without is not None
+    assert tight.seconds_a_token < 0.95 * without.seconds_a_token
+    assert "embedding" in describe(tight)
+    assert memory.leanest(sizes, STATIC, 2048).peak == memory.leanest(SIZES, STATIC, 2048).peak - sizes.embedding
+    cramped = memory.choose(sizes, RECORDED, 6.77 * GIB, STATIC, [2048], 2048, 0.5 * GIB)
+    assert cramped is None or not cramped.embedding_on_host, "no room on the host"
+
+
+def test_weights_stay_dequantized_where_there_is_room() -> None:
+    plan = memory.choose(SIZES, RECORDED, 60 * GIB, STATIC, [4096], 2048, HOST)
+    assert plan is not None
+    assert plan.held == SIZES.layers
+    spare = memory.choose(SIZES, RECORDED, 21 * GIB, STATIC, [4096], 2048, HOST)
+    assert spare is not None
+    assert 0 < spare.held < SIZES.layers
+    assert f"{spare.held} layers' weights" in describe(spare)
+    dense = memory.choose(replace(SIZES, bits=16), RECORDED, 60 * GIB, 15 * GIB, [4096], 2048, HOST)
+    assert dense is not None
+    assert dense.held == 0, "nothing is dequantized"
 
 
 def test_two_sets_of_values_on_the_host_are_looked_at() -> None:
@@ -294,4 +336,3 @@ def test_buffers_of_others_are_counted_as_large_as_they_make_them() -> None:
     """Catches a buffer whose size is changed where it is made and not in the plan."""
     assert memory.HEAD_CHUNK == cross_entropy.CHUNK_BYTES
     assert memory.HEAD_ROWS == head.BACKWARD_ROWS
-    assert fit.OPTIMIZER_BUFFERS == 2 * 4 * optimizer.CHUNK  # weights and gradients in fp32

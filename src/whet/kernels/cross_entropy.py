@@ -132,7 +132,9 @@ def _log_probs_kernel(
     z_label = _capped(u_label, softcap, HAS_SOFTCAP)
     columns = tl.arange(0, BLOCK)
 
-    m = tl.full((), -1e38, tl.float32)  # finite, so that the first rescale is exp(-large) = 0 and not exp(-inf + inf)
+    # Each lane has a maximum of its own: one of the block would have all warps wait for each other at every block.
+    # It starts finite, so that the first rescale is exp(-large) = 0 and not exp(-inf + inf).
+    m_B = tl.full((BLOCK,), -1e38, tl.float32)
     s_B = tl.zeros((BLOCK,), tl.float32)
     zs_B = tl.zeros((BLOCK,), tl.float32)
     beaten_B = tl.zeros((BLOCK,), tl.int32)
@@ -145,18 +147,21 @@ def _log_probs_kernel(
         ahead = tl.load(row_ptr + offsets + BLOCK, mask=offsets + BLOCK < row_stride, other=0.0)
         beaten_B |= (inside & ((u > u_label) | ((u == u_label) & (offsets < label)))).to(tl.int32)
         z = _capped(u, softcap, HAS_SOFTCAP)
-        new_m = tl.maximum(m, tl.max(tl.where(inside, z, -1e38), axis=0))
-        d = z - new_m
+        new_m_B = tl.maximum(m_B, tl.where(inside, z, -1e38))
+        d = z - new_m_B
         e = tl.where(inside, tl.exp(d), 0.0)
-        rescale = tl.exp(m - new_m)
-        zs_B = (zs_B + s_B * (m - new_m)) * rescale + e * tl.where(inside, d, 0.0)
+        rescale = tl.exp(m_B - new_m_B)
+        zs_B = (zs_B + s_B * (m_B - new_m_B)) * rescale + e * tl.where(inside, d, 0.0)
         s_B = s_B * rescale + e
-        m = new_m
-    s = tl.sum(s_B, axis=0)
+        m_B = new_m_B
+    m = tl.max(m_B, axis=0)
+    rescale = tl.exp(m_B - m)
+    zs = tl.sum((zs_B + s_B * (m_B - m)) * rescale, axis=0)
+    s = tl.sum(s_B * rescale, axis=0)
     inverse_s = 1.0 / s
     log_prob = (z_label - m) - tl.log(s)
     tl.store(log_prob_ptr + row, log_prob)
-    tl.store(entropy_ptr + row, tl.log(s) - tl.sum(zs_B, axis=0) / s)
+    tl.store(entropy_ptr + row, tl.log(s) - zs / s)
     if STORE_LSE:
         tl.store(lse_ptr + row, m + tl.log(s))
     beaten = tl.max(beaten_B, axis=0)
@@ -165,10 +170,15 @@ def _log_probs_kernel(
     if NEED_GRAD:
         # From the end to the start: the last blocks of the row are still in cache.
         blocks = tl.cdiv(V, BLOCK)
+        last = (blocks - 1) * BLOCK + columns
+        ahead = tl.load(row_ptr + last, mask=last < row_stride, other=0.0)
         for i in range(0, blocks):
-            offsets = (blocks - 1 - i) * BLOCK + columns
+            offsets = last - i * BLOCK
             inside = offsets < V
-            u = tl.load(row_ptr + offsets, mask=offsets < row_stride, other=0.0).to(tl.float32) * scale
+            u = ahead.to(tl.float32) * scale
+            ahead = tl.load(
+                row_ptr + offsets - BLOCK, mask=(offsets >= BLOCK) & (offsets - BLOCK < row_stride), other=0.0
+            )
             if HAS_SOFTCAP:
                 t, slope = _tanh_parts(u / softcap)
                 grad = (tl.where(offsets == label, 1.0, 0.0) - tl.exp(t * softcap - m) * inverse_s) * slope
@@ -191,7 +201,7 @@ def log_probs_of_logits_triton(
     N, V = logits_NV.shape
     if N == 0:
         return
-    block = min(8192, max(128, triton.next_power_of_2(V)))
+    block = min(4096, max(128, triton.next_power_of_2(V)))
     _log_probs_kernel[(N,)](
         logits_NV,
         labels_N,
@@ -207,7 +217,7 @@ def log_probs_of_logits_triton(
         STORE_LSE=out.lse_N is not None,
         NEED_GRAD=need_grad,
         BLOCK=block,
-        num_warps=max(4, block // 512),
+        num_warps=max(4, block // 256),
     )
 
 

@@ -23,14 +23,24 @@ import torch
 from torch import Tensor
 
 from whet.kernels._triton import HAVE_TRITON, jit, tl, triton
-from whet.kernels.nf4 import BLOCK, NF4Weight, absmax_reference, dequantize_nf4, dequantize_nf4_reference, kernel_takes
+from whet.kernels.nf4 import (
+    BLOCK,
+    NF4Weight,
+    absmax_reference,
+    code_at,
+    dequantize_nf4,
+    dequantize_nf4_reference,
+    kernel_takes,
+    shuffles,
+)
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
 LEAST_SCALE = 2.0**-126  # the least normal number in fp32: 1 / scale stays finite
-IN_REGISTERS = 16384  # values of a row that a program holds at a time
+IN_REGISTERS = 32768  # values of a row that a program holds at a time
 BLOCKS = 128  # blocks of 64 weights that a program dequantizes
-TILE_N, TILE_K = 64, 128  # of W, that a program transposes
+TILE_N, TILE_WARPS = 64, 1  # rows of W of which a program transposes a block each, and its warps
+NEIGHBOURS = 2  # blocks of a row: 64 bytes
 CHUNK = 1 << 23  # weights whose scales are found at a time
 
 
@@ -100,7 +110,7 @@ def quantize_rows_triton(x_TK: Tensor, out: Tensor | None = None) -> tuple[Tenso
         return out, scale
     block = min(triton.next_power_of_2(max(K, 1)), IN_REGISTERS)
     _quantize_rows_kernel[(rows,)](
-        x_TK, x_TK.stride(0), out, scale, K, BLOCK=block, ONCE=block >= K, num_warps=max(block // 1024, 1)
+        x_TK, x_TK.stride(0), out, scale, K, BLOCK=block, ONCE=block >= K, num_warps=max(block // 2048, 1)
     )
     return out, scale
 
@@ -158,7 +168,9 @@ def dequantize_nf4_fp8_reference(
 
 
 @jit
-def _absmax(absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, block, mask, DOUBLE: tl.constexpr, STACKED: tl.constexpr):
+def _absmax(
+    absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, block, mask, DOUBLE: tl.constexpr, STACKED: tl.constexpr
+):  # fmt: skip
     if DOUBLE:
         index = tl.load(absmax_ptr + block, mask=mask, other=0).to(tl.int32)
         absmax2 = tl.load(absmax2_ptr + block // 256, mask=mask, other=0.0)
@@ -170,60 +182,102 @@ def _absmax(absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, block, mask, DOUBLE:
 
 
 @jit
+def _inverse(scale, ASM: tl.constexpr):
+    """1 / scale, rounded to nearest, of a normal number below 2^125, which weights' scales are.
+
+    ASM: as NVIDIA's own division goes for such numbers, without its branch for others.
+    """
+    if ASM:
+        inverse = tl.inline_asm_elementwise(
+            """{ .reg .f32 about, off;
+            rcp.approx.ftz.f32 about, $1;
+            fma.rn.f32 off, $1, about, 0fBF800000;
+            neg.f32 off, off;
+            fma.rn.f32 $0, about, off, about; }""",
+            "=f,f", [scale], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        inverse = tl.div_rn(1.0, scale)
+    return inverse
+
+
+@jit
+def _words(pointer, ASM: tl.constexpr):
+    """The words at these pointers.
+
+    ASM: to Triton this is arithmetic, so a thread loads what it goes on to use. A load of Triton's own spreads over
+    threads as memory lies, and what it brings, or worse, what is made of it, then moves through shared memory.
+    """
+    if ASM:
+        words = tl.inline_asm_elementwise(
+            "ld.global.nc.b32 $0, [$1];", "=r,l", [pointer.to(tl.int64)], tl.int32, is_pure=True, pack=1
+        )
+    else:
+        words = tl.load(pointer)
+    return words
+
+
+@jit
+def _scale_at(pointer, ASM: tl.constexpr):
+    """ASM: as above, and the load may move over stores."""
+    if ASM:
+        scale = tl.inline_asm_elementwise(
+            "ld.global.nc.f32 $0, [$1];", "=f,l", [pointer.to(tl.int64)], tl.float32, is_pure=True, pack=1
+        )
+    else:
+        scale = tl.load(pointer)
+    return scale
+
+
+@jit
 def _dequantize_rows_kernel(
     words_ptr, absmax_ptr, code_ptr, code2_ptr, absmax2_ptr, offset_ptr, scales_ptr, out_ptr, out_stride, blocks,
-    BLOCKS_A_ROW: tl.constexpr, DOUBLE: tl.constexpr, STACKED: tl.constexpr, BLOCKS: tl.constexpr,
+    BLOCKS_A_ROW: tl.constexpr, DOUBLE: tl.constexpr, STACKED: tl.constexpr, SHUFFLE: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """As kernels/nf4.py's, with each block's absmax over its row's scale: a block lies in one row."""
-    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
-    inside = block < blocks
-    scale = _absmax(absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, block, inside, DOUBLE, STACKED)
-    scale *= tl.div_rn(1.0, tl.load(scales_ptr + block // BLOCKS_A_ROW, mask=inside, other=1.0))
-    scale = tl.reshape(tl.broadcast_to(scale[:, None], (BLOCKS, 4)), (BLOCKS * 4,))
-
     pair = tl.program_id(0) * BLOCKS * 4 + tl.arange(0, BLOCKS * 4)  # of words: 16 bytes of E4M3 a store
-    mask = pair < blocks * 4
+    block = pair // 4
+    inside = block < blocks
     i, j = tl.arange(0, 2), tl.arange(0, 8)
-    packed = tl.load(words_ptr + pair[:, None] * 2 + i[None, :], mask=mask[:, None], other=0)
-    nibble = (packed[:, :, None] >> ((j ^ 1) * 4)[None, None, :]) & 15  # the high nibble of a byte comes first
-    code = tl.load(code_ptr + tl.arange(0, 16))
-    value = tl.reshape(tl.gather(code, tl.reshape(nibble, (BLOCKS * 64,)), 0), (BLOCKS * 4, 16)) * scale[:, None]
+    words = words_ptr + pair[:, None] * 2 + i[None, :]
+    packed = tl.load(words, mask=inside[:, None], other=0)
+    scale = _absmax(absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, block, inside, DOUBLE, STACKED)
+    scale *= _inverse(tl.load(scales_ptr + block // BLOCKS_A_ROW, mask=inside, other=1.0), SHUFFLE)
+    nibble = packed[:, :, None] >> ((j ^ 1) * 4)[None, None, :]  # the high nibble of a byte comes first
+    value = tl.reshape(code_at(nibble, code_ptr, SHUFFLE), (BLOCKS * 4, 16)) * scale[:, None]
     out = out_ptr + (pair // (BLOCKS_A_ROW * 4)).to(tl.int64) * out_stride + pair % (BLOCKS_A_ROW * 4) * 16
-    tl.store(out[:, None] + tl.arange(0, 16)[None, :], value.to(out_ptr.dtype.element_ty), mask=mask[:, None])
+    tl.store(out[:, None] + tl.arange(0, 16)[None, :], value.to(out_ptr.dtype.element_ty), mask=inside[:, None])
 
 
 @jit
 def _dequantize_transposed_kernel(
     words_ptr, absmax_ptr, code_ptr, code2_ptr, absmax2_ptr, offset_ptr, scales_ptr, out_ptr, out_stride, rows,
-    BLOCKS_A_ROW: tl.constexpr, DOUBLE: tl.constexpr, STACKED: tl.constexpr, TILE_N: tl.constexpr,
-    TILE_K: tl.constexpr,
+    BLOCKS_A_ROW: tl.constexpr, DOUBLE: tl.constexpr, STACKED: tl.constexpr, SHUFFLE: tl.constexpr,
+    TILE_N: tl.constexpr, NEIGHBOURS: tl.constexpr,
 ):  # fmt: skip
-    """A program reads TILE_K weights of each of TILE_N rows of W, and writes TILE_N of each of TILE_K rows of W^T.
+    """A program reads a block of each of TILE_N rows of W, and writes TILE_N of each of 64 rows of W^T.
 
-    The place of a weight in its word is the outermost axis: it then lies in registers, a thread writes all weights of
-    the words that it holds, and shifts by constants. Words are what moves between threads, not weights.
+    A thread holds words of 16 rows of W that lie at the same place, and writes one weight of each, 16 bytes, eight
+    times: no weight moves between threads, and few are in registers at a time.
+    NEIGHBOURS blocks of a row, which share what memory fetches at a time, are read at about the same time.
     """
-    n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
-    in_n = n < rows
-    first_block = tl.program_id(1) * (TILE_K // 64)
-    b = first_block + tl.arange(0, TILE_K // 64)
-    block = n.to(tl.int64)[None, :] * BLOCKS_A_ROW + b[:, None]
-    inside = in_n[None, :] & (b < BLOCKS_A_ROW)[:, None]
-    absmax = _absmax(absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, block, inside, DOUBLE, STACKED)
-
-    w = first_block * 8 + tl.arange(0, TILE_K // 8)
-    inside = in_n[None, :] & (w < BLOCKS_A_ROW * 8)[:, None]
-    packed = tl.load(words_ptr + n.to(tl.int64)[None, :] * (BLOCKS_A_ROW * 8) + w[:, None], mask=inside, other=0)
-    j = tl.arange(0, 8)
-    nibble = (packed[None, :, :] >> ((j ^ 1) * 4)[:, None, None]) & 15
-    code = tl.load(code_ptr + tl.arange(0, 16))
-    value = tl.reshape(tl.gather(code, tl.reshape(nibble, (TILE_K * TILE_N,)), 0), (8, TILE_K // 8, TILE_N))
-    k = w[None, :] * 8 + j[:, None]
-    inverse = tl.div_rn(1.0, tl.load(scales_ptr + k, mask=k < BLOCKS_A_ROW * 64, other=1.0))
-    absmax = tl.reshape(tl.broadcast_to(absmax[:, None, :], (TILE_K // 64, 8, TILE_N)), (TILE_K // 8, TILE_N))
-    value = value * (absmax[None, :, :] * inverse[:, :, None])
-    out = out_ptr + k.to(tl.int64)[:, :, None] * out_stride + n[None, None, :]
-    tl.store(out, value.to(out_ptr.dtype.element_ty), mask=inside[None, :, :])
+    program = tl.program_id(0)
+    tiles = tl.cdiv(rows, TILE_N)
+    b = program // (tiles * NEIGHBOURS) * NEIGHBOURS + program % NEIGHBOURS
+    n = program // NEIGHBOURS % tiles * TILE_N + tl.arange(0, TILE_N)
+    row = tl.minimum(n, rows - 1).to(tl.int64)
+    block = row * BLOCKS_A_ROW + b
+    w = tl.arange(0, 8)
+    packed = _words(words_ptr + (block * 8)[None, :] + w[:, None], SHUFFLE)
+    absmax = _absmax(absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, block, n < rows, DOUBLE, STACKED)
+    k = b * 64 + w * 8
+    for j in tl.static_range(8):
+        inverse = _inverse(_scale_at(scales_ptr + k + j, SHUFFLE), SHUFFLE)
+        code = code_at(packed >> ((j ^ 1) * 4), code_ptr, SHUFFLE)  # the high nibble of a byte comes first
+        value = code * (absmax[None, :] * inverse[:, None])
+        out = out_ptr + (k + j).to(tl.int64)[:, None] * out_stride + n[None, :]
+        tl.store(out, value.to(out_ptr.dtype.element_ty), mask=(n < rows)[None, :])
 
 
 def dequantize_nf4_fp8_triton(
@@ -241,21 +295,14 @@ def dequantize_nf4_fp8_triton(
         "BLOCKS_A_ROW": weight.columns // BLOCK,
         "DOUBLE": weight.code2 is not None,
         "STACKED": weight.offset is not None and weight.offset.numel() > 1,
+        "SHUFFLE": shuffles(out),
         "enable_fp_fusion": False,  # as in kernels/nf4.py
     }
     if transposed:
-        grid = (triton.cdiv(weight.rows, TILE_N), triton.cdiv(weight.columns, TILE_K))
-        warps = TILE_N * TILE_K // 4096  # 16 words a thread: more in registers than this would spill
-        _dequantize_transposed_kernel[grid](
-            *given,
-            column_scales,
-            out,
-            out.stride(0),
-            weight.rows,
-            TILE_N=TILE_N,
-            TILE_K=TILE_K,
-            num_warps=warps,
-            **options,
+        a_row = weight.columns // BLOCK
+        given = (*given, column_scales, out, out.stride(0), weight.rows)
+        _dequantize_transposed_kernel[(triton.cdiv(weight.rows, TILE_N) * a_row,)](
+            *given, TILE_N=TILE_N, NEIGHBOURS=math.gcd(a_row, NEIGHBOURS), num_warps=TILE_WARPS, **options
         )
     else:
         given = (*given, row_scales, out, out.stride(0), blocks)

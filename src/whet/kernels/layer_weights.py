@@ -19,13 +19,13 @@ from torch import Tensor
 
 from whet.kernels._triton import HAVE_TRITON, jit, tl
 from whet.kernels.extend import MOST_PARTS, extend, lay_out
-from whet.kernels.nf4 import NF4Weight, dequantize_nf4_reference, kernel_takes
+from whet.kernels.nf4 import NF4Weight, decode, dequantize_nf4_reference, kernel_takes, shuffles
 
 ALIGNED = 64  # elements that each projection's place is a multiple of
-BLOCKS = 64  # blocks of 64 weights that a program dequantizes
+BLOCKS, WARPS = 128, 4  # blocks of 64 weights that a program dequantizes, a divisor of 256, and its warps
 BORDER = 16  # rows or columns of margin that a program writes, so many of the others at a time: registers that these
 STRIP = 16  # take are taken from the programs that dequantize, which want many of themselves on a multiprocessor
-FIELDS = 28  # of a projection in the table
+FIELDS = 30  # of a projection in the table
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,12 +63,14 @@ class Place(NamedTuple):
 class LayerWeights:
     """The projections of one layer, and the table of their addresses, made again when an adapter has moved.
 
-    apart: the adapters alone, B of [N, R] and A of [R, K] one after the other, and no weights.
+    apart: the adapters alone, B of [N, R] and A of [R, K] one after the other, and no weights. ready: the weights are
+    in the buffer already, and only the adapters beside them are laid out.
     """
 
     projections: Sequence[ProjectionWeight]
     dtype: torch.dtype
     apart: bool = False
+    ready: bool = False
     _addresses: tuple[int, ...] = ()
     _table: tuple[Tensor, Tensor, list[Tensor]] | None = field(default=None)
 
@@ -92,6 +94,14 @@ class LayerWeights:
         """Elements of the buffer."""
         last, p = self.places[-1], self.projections[-1]
         return _aligned(last.below + p.margin * last.below_stride)
+
+    def programs(self, p: ProjectionWeight) -> tuple[int, int, int]:
+        """Programs that dequantize, that write the margin at the right, and that below."""
+        done = self.apart or self.ready
+        dequantize = 0 if done else -(-p.weight.rows * p.weight.columns // (64 * BLOCKS))
+        if not p.margin:
+            return dequantize, 0, 0
+        return dequantize, -(-p.weight.rows // BORDER), -(-p.weight.columns // BORDER)
 
     def table(self) -> tuple[Tensor, Tensor]:
         addresses = tuple(x.data_ptr() for p in self.projections for x in (*p.downs, *p.ups))
@@ -141,7 +151,8 @@ def layer_weights_reference(layer: LayerWeights, out: Tensor) -> None:
             lay_out(views[2 * i + 1], views[2 * i], p.downs, p.ups, p.scales, p.bias)
             continue
         rows, columns = p.weight.rows, p.weight.columns
-        dequantize_nf4_reference(p.weight, out=views[i][:rows, :columns])
+        if not layer.ready:
+            dequantize_nf4_reference(p.weight, out=views[i][:rows, :columns])
         if p.margin:
             extend(views[i], p.downs, p.ups, p.scales, rows, columns, p.bias)
 
@@ -158,7 +169,7 @@ def _table(layer: LayerWeights) -> tuple[Tensor, Tensor, list[Tensor]]:
             offset = offset.expand_as(w.absmax2).contiguous()
         bias = None if p.bias is None else p.bias.to(layer.dtype)
         made += [offset] if bias is None else [offset, bias]
-        dequantize, right, below = _programs(p, layer.apart)
+        dequantize, right, below = layer.programs(p)
         entry = [
             w.packed.data_ptr(), w.absmax.data_ptr(), w.absmax2.data_ptr(), offset.data_ptr(),
             place.weight, w.rows, w.columns, p.margin, first, first + dequantize, first + dequantize + right,
@@ -168,6 +179,7 @@ def _table(layer: LayerWeights) -> tuple[Tensor, Tensor, list[Tensor]]:
             *[x.shape[0] for x in p.downs], *[0] * missing,
             0 if bias is None else bias.data_ptr(),
             place.right, place.below, place.right_stride, place.below_stride,
+            *_reciprocal(w.columns // 8),
         ]  # fmt: skip
         assert len(entry) == FIELDS
         entries.append(entry)
@@ -177,20 +189,25 @@ def _table(layer: LayerWeights) -> tuple[Tensor, Tensor, list[Tensor]]:
     return torch.tensor(entries, dtype=torch.int64).to(device), torch.tensor(scales).to(device), made
 
 
-def _programs(p: ProjectionWeight, apart: bool) -> tuple[int, int, int]:
-    """Programs that dequantize, that write the margin at the right, and that below."""
-    dequantize = 0 if apart else -(-p.weight.rows * p.weight.columns // (64 * BLOCKS))
-    if not p.margin:
-        return dequantize, 0, 0
-    return dequantize, -(-p.weight.rows // BORDER), -(-p.weight.columns // BORDER)
+def _reciprocal(d: int) -> tuple[int, int]:
+    """m and s with n // d = ((2 n * m) >> 32) >> s for all n below 2^31; m is below 2^32.
+
+    Source: Granlund & Montgomery 1994, "Division by Invariant Integers using Multiplication", theorem 4.2.
+    """
+    s = (d - 1).bit_length()
+    return (1 << (31 + s)) // d + 1, s
 
 
 @jit
 def _layer_weights_kernel(
     table, scales, code_ptr, code2_ptr, like_ptr, out_ptr,
     PROJECTIONS: tl.constexpr, BLOCKS: tl.constexpr, BORDER: tl.constexpr, STRIP: tl.constexpr, FIELDS: tl.constexpr,
+    WHOLE: tl.constexpr, SHUFFLE: tl.constexpr,
 ):  # fmt: skip
-    """Fields of a projection: see `_table`. The programs of one come before those of the next."""
+    """Fields of a projection: see `_table`. The programs of one come before those of the next.
+
+    Weights are dequantized as in kernels/nf4.py. WHOLE: all programs that do have all their blocks.
+    """
     program = tl.program_id(0).to(tl.int64)
     p = 0
     for other in tl.static_range(1, PROJECTIONS):
@@ -206,27 +223,21 @@ def _layer_weights_kernel(
         absmax2_ptr = tl.load(entry + 2).to(tl.pointer_type(tl.float32))
         offset_ptr = tl.load(entry + 3).to(tl.pointer_type(tl.float32))
         out = out_ptr + tl.multiple_of(tl.load(entry + 4), 16)
-        stride = columns + margin
-        words = rows * columns // 8
-        block = program * BLOCKS + tl.arange(0, BLOCKS)
-        inside = block * 8 < words
-        index = tl.load(absmax_ptr + block, mask=inside, other=0).to(tl.int32)
-        scale2 = tl.load(absmax2_ptr + block // 256, mask=inside, other=0.0)
-        offset = tl.load(offset_ptr + block // 256, mask=inside, other=0.0)
-        absmax = tl.load(code2_ptr + index) * scale2 + offset
-        absmax = tl.reshape(tl.broadcast_to(absmax[:, None], (BLOCKS, 8)), (BLOCKS * 8,))
-        word = program * (BLOCKS * 8) + tl.arange(0, BLOCKS * 8)
-        mask = word < words
-        packed = tl.load(words_ptr + word, mask=mask, other=0)
-        j = tl.arange(0, 8)
-        nibble = (packed[:, None] >> ((j ^ 1) * 4)[None, :]) & 15  # the high nibble of a byte comes first
-        code = tl.load(code_ptr + tl.arange(0, 16))
-        value = tl.reshape(tl.gather(code, tl.reshape(nibble, (BLOCKS * 64,)), 0), (BLOCKS * 8, 8)) * absmax[:, None]
-        a_row = (columns // 8).to(tl.int32)
-        small = word.to(tl.int32)
-        at = (small // a_row).to(tl.int64) * stride + (small % a_row) * 8
-        place = out + tl.multiple_of(at, 8)[:, None] + j[None, :]
-        tl.store(place, value.to(out_ptr.dtype.element_ty), mask=mask[:, None])
+        narrow = margin.to(tl.int32)
+        magic, shift = tl.load(entry + 28).to(tl.uint32), tl.load(entry + 29).to(tl.uint32)
+        block = program.to(tl.int32) * BLOCKS
+        w = tl.arange(0, BLOCKS * 8)
+        inside = w < (rows * columns // 8 - program * (BLOCKS * 8)).to(tl.int32)
+        mask = None if WHOLE else inside
+        packed = tl.load(words_ptr + program * (BLOCKS * 8) + tl.max_contiguous(w, [1]), mask=mask)
+        index = tl.load(absmax_ptr + block + w // 8, mask=mask).to(tl.int32)
+        scale2, offset = tl.load(absmax2_ptr + block // 256), tl.load(offset_ptr + block // 256)
+        absmax = tl.load(code2_ptr + index, mask=mask) * scale2 + offset
+        value = decode(packed, code_ptr, SHUFFLE) * absmax[:, None]
+        row = (tl.umulhi((block * 16 + w * 2).to(tl.uint32), magic) >> shift).to(tl.int32)  # word // (columns // 8)
+        at = w * 8 + tl.multiple_of(row * narrow, 8)
+        place = out + program * (BLOCKS * 64) + at[:, None] + tl.arange(0, 8)[None, :]
+        tl.store(place, value.to(out_ptr.dtype.element_ty), mask=None if WHOLE else inside[:, None])
     else:
         pointer = like_ptr.dtype
         n0, n1, n2 = tl.load(entry + 17), tl.load(entry + 18), tl.load(entry + 19)
@@ -272,18 +283,28 @@ def _layer_weights_kernel(
 def layer_weights_triton(layer: LayerWeights, out: Tensor) -> None:
     table, scales = layer.table()
     first = layer.projections[0]
-    programs = sum(sum(_programs(p, layer.apart)) for p in layer.projections)
+    programs = sum(sum(layer.programs(p)) for p in layer.projections)
     if programs == 0:
         return
     _layer_weights_kernel[(programs,)](
         table, scales, first.weight.code, first.weight.code2, scales, out,
-        PROJECTIONS=len(layer.projections), BLOCKS=BLOCKS, BORDER=BORDER, STRIP=STRIP, FIELDS=FIELDS, num_warps=4,
-        enable_fp_fusion=False,  # as in kernels/nf4.py
+        PROJECTIONS=len(layer.projections), BLOCKS=BLOCKS, BORDER=BORDER, STRIP=STRIP, FIELDS=FIELDS,
+        WHOLE=all(p.weight.rows * p.weight.columns % (64 * BLOCKS) == 0 for p in layer.projections),
+        SHUFFLE=shuffles(out), num_warps=WARPS, enable_fp_fusion=False,  # as in kernels/nf4.py
     )  # fmt: skip
 
 
-def layer_weights(layer: LayerWeights) -> list[Tensor]:
-    """[N + R, K + R] of each projection, or B [N, R] and A [R, K] of each: views of one new buffer. Needs `takes`."""
-    out = torch.empty(layer.size, dtype=layer.dtype, device=layer.projections[0].weight.packed.device)
+def new_buffer(layer: LayerWeights) -> Tensor:
+    """[size], for `layer_weights`."""
+    return torch.empty(layer.size, dtype=layer.dtype, device=layer.projections[0].weight.packed.device)
+
+
+def layer_weights(layer: LayerWeights, out: Tensor | None = None) -> list[Tensor]:
+    """[N + R, K + R] of each projection, or B [N, R] and A [R, K] of each: views of `out`, or a new buffer.
+
+    Needs `takes`, and where the layer is `ready` the buffer in which the weights are.
+    """
+    if out is None:
+        out = new_buffer(layer)
     (layer_weights_triton if out.is_cuda else layer_weights_reference)(layer, out)
     return layer.views(out)

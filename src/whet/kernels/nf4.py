@@ -22,6 +22,7 @@ from whet.kernels._triton import HAVE_TRITON, jit, tl, triton
 
 BLOCK = 64  # weights that share one absmax
 GROUP = 256  # blocks whose absmax share one absmax2
+BLOCKS, WARPS = 128, 4  # that a program dequantizes, a divisor of 256, and its warps
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,6 +143,43 @@ def dequantize_nf4_reference(
     return out.copy_(values.view(weight.rows, weight.columns))
 
 
+def shuffles(x: torch.Tensor) -> bool:
+    """Whether kernels on x may hold assembly, `code_at`'s SHUFFLE: on NVIDIA's GPUs."""
+    return x.is_cuda and torch.version.hip is None
+
+
+@jit
+def code_at(index, code_ptr, SHUFFLE: tl.constexpr):
+    """code[index % 16], in index's shape; bits of index above the lowest four may be anything.
+
+    SHUFFLE: each lane holds one entry, lanes 0 to 15 as lanes 16 to 31, and a shuffle among 16 fetches another's. It
+    ignores the higher bits itself and needs no address: one instruction where shared memory takes three.
+    """
+    if SHUFFLE:
+        entry = tl.inline_asm_elementwise(
+            """{ .reg .b32 lane; .reg .b64 address;
+            mov.u32 lane, %laneid;
+            and.b32 lane, lane, 15;
+            mad.wide.u32 address, lane, 4, $1;
+            ld.global.nc.f32 $0, [address]; }""",
+            "=f,l", [code_ptr.to(tl.int64)], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+        code = tl.inline_asm_elementwise(
+            "shfl.sync.idx.b32 $0, $1, $2, 0x101f, 0xffffffff;",
+            "=f,f,r", [entry, index], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        table = tl.load(code_ptr + tl.arange(0, 16))
+        code = tl.reshape(tl.gather(table, tl.ravel(index & 15), 0), index.shape)
+    return code
+
+
+@jit
+def decode(packed, code_ptr, SHUFFLE: tl.constexpr):
+    """[W, 8] entries of the code for W words. The high nibble of a byte comes first."""
+    return code_at(packed[:, None] >> ((tl.arange(0, 8) ^ 1) * 4)[None, :], code_ptr, SHUFFLE)
+
+
 @jit
 def _dequantize_kernel(
     words_ptr,  # int32: eight weights each
@@ -156,34 +194,31 @@ def _dequantize_kernel(
     COLUMNS: tl.constexpr,
     DOUBLE: tl.constexpr,
     STACKED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SHUFFLE: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """One program writes BLOCKS blocks of 64, a lane whole words of eight: 16 bytes of bf16 a store.
+    """One program writes BLOCKS blocks of 64, a divisor of 256; WHOLE: there is no last program with fewer.
 
-    The table is looked up in shared memory (tl.gather): its 16 values lie in 16 banks, so lanes never conflict, and a
-    lookup needs no 64-bit address as one through L1 would.
+    A lane reads, decodes and writes whole words of eight, 16 bytes of bf16 a store, and finds the absmax of each
+    itself: nothing moves between lanes. Words are loaded one a lane for that, as told by max_contiguous.
     """
     WORDS_A_ROW: tl.constexpr = COLUMNS // 8
-    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
-    block_mask = block * 8 < words
+    first = tl.program_id(0) * BLOCKS
+    word = first * 8 + tl.arange(0, BLOCKS * 8)
+    inside = word < words
+    mask = None if WHOLE else inside
+    packed = tl.load(words_ptr + tl.max_contiguous(word, [1]), mask=mask)
     if DOUBLE:
-        index = tl.load(absmax_ptr + block, mask=block_mask, other=0).to(tl.int32)
-        absmax2 = tl.load(absmax2_ptr + block // 256, mask=block_mask, other=0.0)
-        offset = tl.load(offset_ptr + block // 256, mask=block_mask, other=0.0) if STACKED else tl.load(offset_ptr)
-        absmax = tl.load(code2_ptr + index) * absmax2 + offset
+        index = tl.load(absmax_ptr + word // 8, mask=mask).to(tl.int32)
+        offset = tl.load(offset_ptr + first // 256) if STACKED else tl.load(offset_ptr)
+        absmax = tl.load(code2_ptr + index, mask=mask) * tl.load(absmax2_ptr + first // 256) + offset
     else:
-        absmax = tl.load(absmax_ptr + block, mask=block_mask, other=0.0).to(tl.float32)
-    absmax = tl.reshape(tl.broadcast_to(absmax[:, None], (BLOCKS, 8)), (BLOCKS * 8,))
-
-    word = tl.program_id(0) * BLOCKS * 8 + tl.arange(0, BLOCKS * 8)
-    mask = word < words
-    packed = tl.load(words_ptr + word, mask=mask, other=0)
-    j = tl.arange(0, 8)
-    nibble = (packed[:, None] >> ((j ^ 1) * 4)[None, :]) & 15  # the high nibble of a byte comes first
-    code = tl.load(code_ptr + tl.arange(0, 16))
-    value = tl.reshape(tl.gather(code, tl.reshape(nibble, (BLOCKS * 64,)), 0), (BLOCKS * 8, 8)) * absmax[:, None]
+        absmax = tl.load(absmax_ptr + word // 8, mask=mask).to(tl.float32)
+    value = decode(packed, code_ptr, SHUFFLE) * absmax[:, None]
     out = out_ptr + (word // WORDS_A_ROW).to(tl.int64) * out_stride + (word % WORDS_A_ROW) * 8
-    tl.store(out[:, None] + j[None, :], value.to(out_ptr.dtype.element_ty), mask=mask[:, None])
+    place = out[:, None] + tl.arange(0, 8)[None, :]
+    tl.store(place, value.to(out_ptr.dtype.element_ty), mask=None if WHOLE else inside[:, None])
 
 
 def dequantize_nf4_triton(
@@ -194,8 +229,7 @@ def dequantize_nf4_triton(
     words = weight.rows * weight.columns // 8
     if words == 0:
         return out
-    blocks = 64
-    _dequantize_kernel[(triton.cdiv(words, blocks * 8),)](
+    _dequantize_kernel[(triton.cdiv(words, BLOCKS * 8),)](
         weight.packed.view(torch.int32),
         weight.absmax,
         weight.code,
@@ -208,8 +242,10 @@ def dequantize_nf4_triton(
         COLUMNS=weight.columns,
         DOUBLE=weight.code2 is not None,
         STACKED=weight.offset is not None and weight.offset.numel() > 1,
-        BLOCKS=blocks,
-        num_warps=4,
+        WHOLE=words % (BLOCKS * 8) == 0,
+        SHUFFLE=shuffles(out),
+        BLOCKS=BLOCKS,
+        num_warps=WARPS,
         enable_fp_fusion=False,  # a fused multiply-add rounds once where bitsandbytes rounds twice
     )
     return out

@@ -48,6 +48,11 @@ def _keys(seed: int, step: int) -> tuple[int, int]:
     return key & _LOW, key >> 32
 
 
+def kernel_keys(seed: int, step: int) -> list[int]:
+    """`_keys` as Triton's int32."""
+    return [key - (1 << 32) if key >> 31 else key for key in _keys(seed, step)]
+
+
 def _times(h: Tensor, factor: int) -> Tensor:
     """The lower 32 bits of a product; int64 holds both parts of it, but not the whole."""
     return (h * (factor & 0xFFFF) + ((h * (factor >> 16) & 0xFFFF) << 16)) & _LOW
@@ -89,7 +94,17 @@ def _mix(h):
 
 
 @jit
-def _rounded(bits, random):
+def random_words(block, k0, k1, HALF: tl.constexpr):
+    """h of the docstring, uint32 [BLOCKS, 128], for the blocks of these numbers, int32 [BLOCKS]."""
+    r = _mix(block.to(tl.uint32, bitcast=True) ^ k0)
+    s = _mix(r ^ k1)
+    spread = tl.arange(0, HALF).to(tl.uint32) * 0x9E3779B9
+    return _mix(_mix(r[:, None] + spread[None, :]) ^ s[:, None])
+
+
+@jit
+def rounded_bits(bits, random):
+    """The upper half of fp32's bits, uint32, rounded by 16 random ones."""
     cut = (bits + random) >> 16
     return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, (bits >> 16) | 0x40, cut)
 
@@ -109,26 +124,22 @@ def _round_kernel(
     lane = tl.arange(0, HALF)
     start = row[:, None] * (2 * HALF) + lane[None, :]
     block = tl.load(blocks + row, mask=row * (2 * HALF) < N, other=0) if HAS_TABLE else first + row.to(tl.int32)
-    r = _mix(block.to(tl.uint32, bitcast=True) ^ k0)
-    s = _mix(r ^ k1)
-    spread = lane.to(tl.uint32) * 0x9E3779B9
-    h = _mix(_mix(r[:, None] + spread[None, :]) ^ s[:, None])
+    h = random_words(block, k0, k1, HALF)
     low = tl.load(x + start, mask=start < N, other=0).to(tl.uint32, bitcast=True)
     high = tl.load(x + start + HALF, mask=start + HALF < N, other=0).to(tl.uint32, bitcast=True)
-    tl.store(out + start, _rounded(low, h & 0xFFFF).to(tl.int16), mask=start < N)
-    tl.store(out + start + HALF, _rounded(high, h >> 16).to(tl.int16), mask=start + HALF < N)
+    tl.store(out + start, rounded_bits(low, h & 0xFFFF).to(tl.int16), mask=start < N)
+    tl.store(out + start + HALF, rounded_bits(high, h >> 16).to(tl.int16), mask=start + HALF < N)
 
 
 def stochastic_round_triton(x_N: Tensor, out_N: Tensor, blocks: Tensor | int, *, seed: int, step: int) -> None:
     n = x_N.numel()
     if n == 0:
         return
-    words = [key - (1 << 32) if key >> 31 else key for key in _keys(seed, step)]  # Triton's int32
     table = blocks if isinstance(blocks, Tensor) else None
     with torch.cuda.device_of(x_N):  # type: ignore[no-untyped-call]
         _round_kernel[(triton.cdiv(n, BLOCK * _BLOCKS_A_PROGRAM),)](
             x_N.view(torch.int32), out_N.view(torch.int16), x_N if table is None else table, n,
-            blocks if table is None else 0, *words,
+            blocks if table is None else 0, *kernel_keys(seed, step),
             HAS_TABLE=table is not None, BLOCKS=_BLOCKS_A_PROGRAM, HALF=_HALF, num_warps=4,
         )  # fmt: skip
 

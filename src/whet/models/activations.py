@@ -6,7 +6,8 @@
     INPUT     the layer's input alone; attention runs again too                     8
 
 On the host, layer l's values leave while layer l + 1 is computed, and come back while layer l + 1's backward runs: two
-layers' worth is on the device at a time. Pinned buffers are made in the first step and used again in every other.
+layers' worth is on the device at a time. One pinned block (models/pinned.py) holds a layer's values; it is made in the
+first step and used again in every other.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from weakref import finalize, ref
 
 import torch
 from torch import Tensor
+
+from whet.models.pinned import Cuda, cut, pinned, room
 
 Values = dict[str, Tensor]
 
@@ -55,14 +58,15 @@ class Parked:
 
 @dataclass
 class HostMemory:
-    """Pinned buffers for the layers of one model, and the stream that copies to and from them.
+    """Pinned blocks for the layers of one model, and the stream that copies to and from them.
 
-    A graph that is let go without a backward pass takes its `Parked` with it; their buffers then are free again.
+    A graph that is let go without a backward pass takes its `Parked` with it; their blocks then are free again. A block
+    serves any layer that keeps the same kinds of values, and needs no more room.
     """
 
     device: torch.device
     _stream: torch.cuda.Stream = field(init=False)
-    _free: list[Values] = field(default_factory=list)
+    _free: list[tuple[frozenset[str], Tensor]] = field(default_factory=list)
     _leaving: deque[tuple[torch.cuda.Event, Parked]] = field(default_factory=deque)
     _stack: list[ref[Parked]] = field(default_factory=list)
 
@@ -72,8 +76,11 @@ class HostMemory:
     def park(self, values: Values) -> Parked:
         """Begin to copy values to the host. They must not be changed after this."""
         compute = torch.cuda.current_stream(self.device)
-        parked = Parked(self._buffers(values), values)
-        finalize(parked, self._free.append, parked.host)
+        names = frozenset(name.partition(".")[0] for name in values)  # "gate_up.3" is one of as many as there are tiles
+        kinds = {name: (x.shape, x.dtype) for name, x in values.items()}
+        block = self._block(names, room(kinds))
+        parked = Parked(cut(block, kinds), values)
+        finalize(parked, self._free.append, (names, block))
         self._stream.wait_stream(compute)
         with torch.cuda.stream(self._stream):
             for name, x in values.items():
@@ -127,11 +134,14 @@ class HostMemory:
             parked.arrived = torch.cuda.Event()
             parked.arrived.record(self._stream)
 
-    def _buffers(self, values: Values) -> Values:
-        shapes = {name: (x.shape, x.dtype) for name, x in values.items()}
-        for i, buffers in enumerate(self._free):
-            if {name: (x.shape, x.dtype) for name, x in buffers.items()} == shapes:
-                return self._free.pop(i)
-        if self._free:  # another batch shape: let the old buffer go rather than hold both
-            self._free.pop()
-        return {name: torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda) for name, x in values.items()}
+    def _block(self, names: frozenset[str], size: int) -> Tensor:
+        """The least of the free blocks that serve; else a new one, for which one that does not is let go."""
+        own = [i for i, (held, _) in enumerate(self._free) if held == names]
+        serving = [i for i in own if self._free[i][1].numel() >= size]
+        if serving:
+            return self._free.pop(min(serving, key=lambda i: self._free[i][1].numel()))[1]
+        if self._free:
+            self._free.pop(own[-1] if own else -1)
+        if self.device.type == "cuda":
+            return pinned(size, Cuda(self.device))
+        return torch.empty(size, dtype=torch.uint8)

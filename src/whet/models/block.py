@@ -33,7 +33,8 @@ from whet.models.projection import LayerWeights, Projection, Projections
 from whet.models.weights import Weights
 
 Saved = dict[str, Tensor]
-TAILS = ("o_tail", "down_tail")  # o A^T and a A^T: some bytes a token, always kept
+# x A^T of each projection, some bytes a token: kept always, or where the backward need not compute x W^T again
+TAILS = {"qkv_tail": "qkv", "o_tail": "o_tail", "gate_up_tail": "gate_up", "down_tail": "o_tail"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Block:
     """A layer as it stands in one forward pass: its shape, weights, adapters, and the batch's positions.
 
     cos, sin [P, d'/2] in fp32: token t takes row t % P. tile: tokens that go through a weight at once.
-    fp8: the base's products run in FP8. in_place: gradients of weights are added to the weights' own.
+    fp8: the base's products run in FP8. in_place: gradients of weights are added to the weights' own. hold: weights
+    that were dequantized stay so.
     """
 
     shape: LayerShape
@@ -52,6 +54,7 @@ class Block:
     tile: int
     fp8: bool = False
     in_place: bool = False
+    hold: bool = False
     norm_grads: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
@@ -67,20 +70,26 @@ class Block:
 
     def forward(self, h: Tensor, keep: frozenset[str]) -> tuple[Tensor, Saved]:
         """The layer's output [T, D], and those intermediate values that `keep` names."""
-        w = self.p.weights(h.dtype, h.device, fp8=self.fp8)
-        qkv = self.project_qkv(h, w.qkv)
+        w = self.p.weights(h.dtype, h.device, fp8=self.fp8, hold=self.hold)
+        qkv, qkv_tail = self.project_qkv(h, w.qkv)
         o, lse = self.attend(qkv)
         m, post, o_tail = self.project_o(h, o, w.o)
-        saved: Saved = {"o_tail": o_tail, "o": o, "m": m, "qkv": qkv} | post | _numbered("lse", lse)
+        saved: Saved = {"qkv_tail": qkv_tail, "o_tail": o_tail, "o": o, "m": m, "qkv": qkv}
+        saved |= post | _numbered("lse", lse)
         out, mlp = self.mlp(m, w, keep_gate_up="gate_up" in keep)
         return out, {name: x for name, x in (saved | mlp).items() if _kind(name) in keep}
 
-    def project_qkv(self, h: Tensor, e: Weights) -> Tensor:
-        """q, k, v of all tokens; rotated, unless their heads are normed, when the backward needs them as they are."""
-        qkv = h.new_empty(h.shape[0], self.p.qkv.rows)
+    def project_qkv(self, h: Tensor, e: Weights) -> tuple[Tensor, Tensor]:
+        """q, k, v of all tokens; rotated, unless their heads are normed, when the backward needs them as they are.
+
+        And x A^T.
+        """
+        qkv, tail = h.new_empty(h.shape[0], self.p.qkv.rows), h.new_empty(h.shape[0], self.p.qkv.rank)
         for s in self.tiles(h):
-            e.product(self.normed(h[s], self.shape.input_norm, self.p.qkv, e), out=qkv[s])
-        return qkv if self.shape.spec.qk_norm else self.rotated(qkv, out=qkv)
+            xe = self.normed(h[s], self.shape.input_norm, self.p.qkv, e)
+            tail[s] = self.tail(xe, self.p.qkv)
+            e.product(xe, out=qkv[s])
+        return qkv if self.shape.spec.qk_norm else self.rotated(qkv, out=qkv), tail
 
     def rotated(self, qkv: Tensor, out: Tensor | None = None) -> Tensor:
         return rope(qkv, self.cos, self.sin, self.shape.q_heads, self.shape.kv_heads, **self.head_norms(), out=out)
@@ -98,22 +107,25 @@ class Block:
         post = {"attention_output": torch.empty_like(h)} if self.shape.attention_post_norm else {}
         for s in self.tiles(h):
             oe = self.with_margin(o[s], self.p.o, e)
-            tail[s] = oe[:, self.p.o.columns :][:, : self.p.o.rank]
+            tail[s] = self.tail(oe, self.p.o)
             self.add(h[s], oe, e, self.shape.attention_post_norm, m[s], *(x[s] for x in post.values()))
         return m, post, tail
 
     def mlp(self, m: Tensor, w: LayerWeights, *, keep_gate_up: bool) -> tuple[Tensor, Saved]:
         out, tail = torch.empty_like(m), m.new_empty(m.shape[0], self.p.down.rank)
+        up_tail = m.new_empty(m.shape[0], self.p.gate_up.rank)
         post = {"mlp_output": torch.empty_like(m)} if self.shape.mlp_post_norm else {}
         kept = {}
         for i, s in enumerate(self.tiles(m)):
-            gate_up = w.gate_up.product(self.normed(m[s], self.shape.mlp_norm, self.p.gate_up, w.gate_up))
+            xe = self.normed(m[s], self.shape.mlp_norm, self.p.gate_up, w.gate_up)
+            up_tail[s] = self.tail(xe, self.p.gate_up)
+            gate_up = w.gate_up.product(xe)
             ae = self.activated(gate_up, w.down)
-            tail[s] = ae[:, self.p.down.columns :][:, : self.p.down.rank]
+            tail[s] = self.tail(ae, self.p.down)
             self.add(m[s], ae, w.down, self.shape.mlp_post_norm, out[s], *(x[s] for x in post.values()))
             if keep_gate_up:
                 kept[f"gate_up.{i}"] = gate_up
-        return out, {"down_tail": tail} | post | kept
+        return out, {"gate_up_tail": up_tail, "down_tail": tail} | post | kept
 
     # ------------------------------------------------------------ backward
 
@@ -127,7 +139,7 @@ class Block:
         """
         saved = dict(saved)  # what is computed again is put here
         self.norm_grads.clear()
-        w = self.p.weights(h.dtype, h.device, fp8=self.fp8)
+        w = self.p.weights(h.dtype, h.device, fp8=self.fp8, hold=self.hold)
         self.restore(h, saved, w)
         dm, mlp_grads = self.mlp_backward(dout, dout_e, saved, w)
         do, o_grads = self.project_o_backward(dm, saved, w.o)
@@ -148,7 +160,7 @@ class Block:
     def restore(self, h: Tensor, saved: Saved, w: LayerWeights) -> None:
         """Compute again what of qkv, o, m and Gemma's outputs was not kept."""
         if "qkv" not in saved:
-            saved["qkv"] = self.project_qkv(h, w.qkv)
+            saved["qkv"], saved["qkv_tail"] = self.project_qkv(h, w.qkv)
         if "o" not in saved:
             saved["o"], lse = self.attend(saved["qkv"])
             saved |= _numbered("lse", lse)
@@ -168,10 +180,12 @@ class Block:
         if self.shape.mlp_post_norm or (dout_e is not None and dout_e.shape[1] != de.width_out):
             dout_e = None
         for i, s in enumerate(self.tiles(m)):
-            x = self.normed(m[s], self.shape.mlp_norm, gate_up_p, ge)
             gate_up = saved.get(f"gate_up.{i}")
             if gate_up is None:
-                gate_up = ge.product(x)
+                xe = self.normed(m[s], self.shape.mlp_norm, gate_up_p, ge)
+                gate_up, x, up_tail = ge.product(xe), xe[:, : gate_up_p.columns], self.tail(xe, gate_up_p)
+            else:
+                x, up_tail = self.norm(m[s], self.shape.mlp_norm), saved["gate_up_tail"][s]
             dye = dout_e[s] if dout_e is not None else m.new_empty(x.shape[0], de.width_out)
             if dout_e is None:
                 self.norm_gradient(dout[s], saved.get("mlp_output"), s, "mlp_post_norm", dye[:, : down.rows])
@@ -184,7 +198,7 @@ class Block:
             down_grads = self.gradients(down, dye, act, saved["down_tail"][s])
             del act, dye
             dx = ge.back_product(dgue)
-            up_grads = self.gradients(gate_up_p, dgue, x[:, : gate_up_p.columns], x[:, gate_up_p.columns :])
+            up_grads = self.gradients(gate_up_p, dgue, x, up_tail)
             grads.add([*up_grads, *down_grads])
             self.norm_backward(dx, m[s], "mlp_norm", residual=dout[s], out=dm[s, : self.p.o.rows])
         return dm, grads.total
@@ -221,9 +235,9 @@ class Block:
         rope_backward(*dqkv, self.cos, self.sin, **self.head_norms(), **raw, **wanted, out=dqkve[:, : p.rows])
         dh, grads = h.new_empty(h.shape[0], self.p.down.rows + self.p.down.margin(h.device)), _Sum()
         for s in self.tiles(h):
-            x, dye = self.normed(h[s], self.shape.input_norm, p, e), dqkve[s]
+            dye = dqkve[s]
             self.fill_gradient_margin(dye, p, e)
-            grads.add(self.gradients(p, dye, x[:, : p.columns], x[:, p.columns :]))
+            grads.add(self.gradients(p, dye, self.norm(h[s], self.shape.input_norm), saved["qkv_tail"][s]))
             if input_grad or "input_norm" in self.trained_norms:
                 dx = e.back_product(dye)
                 out = dh[s, : p.columns]
@@ -236,16 +250,23 @@ class Block:
         for start in range(0, x.shape[0], self.tile):
             yield slice(start, min(start + self.tile, x.shape[0]))
 
+    def norm(self, x: Tensor, norm: Norm, out: Tensor | None = None) -> Tensor:
+        return rms_norm(x, norm.weight, norm.eps, self.shape.spec.norm_offset, out=out)
+
     def normed(self, x: Tensor, norm: Norm, p: Projection, e: Weights) -> Tensor:
         """norm(x) and, in the margin, its product with the adapters' A."""
         xe = x.new_empty(x.shape[0], e.width_in)
-        rms_norm(x, norm.weight, norm.eps, self.shape.spec.norm_offset, out=xe[:, : p.columns])
+        self.norm(x, norm, out=xe[:, : p.columns])
         return self.fill_margin(xe, p, e)
 
     def with_margin(self, x: Tensor, p: Projection, e: Weights) -> Tensor:
         xe = x.new_empty(x.shape[0], e.width_in)
-        xe[:, : p.columns] = x
+        _copy_rows(x, xe[:, : p.columns])
         return self.fill_margin(xe, p, e)
+
+    def tail(self, xe: Tensor, p: Projection) -> Tensor:
+        """The adapters' part of the margin."""
+        return xe[:, p.columns : p.columns + p.rank]
 
     def activated(self, gate_up: Tensor, de: Weights) -> Tensor:
         ae = gate_up.new_empty(gate_up.shape[0], de.width_in)
@@ -335,6 +356,14 @@ class _Sum:
             torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
 
 
+def _copy_rows(x: Tensor, out: Tensor) -> None:
+    """out = x, in words of 8 bytes where rows are made of them: torch copies rows that do not touch value by value."""
+    counts = [n for y in (x, out) for n in (y.shape[1], y.stride(0), y.storage_offset())]
+    if x.stride(1) == out.stride(1) == 1 and all(n * x.element_size() % 8 == 0 for n in counts):
+        x, out = x.view(torch.int64), out.view(torch.int64)
+    out.copy_(x)
+
+
 def _numbered(name: str, tensors: tuple[Tensor, ...]) -> Saved:
     return {f"{name}.{i}": x for i, x in enumerate(tensors)}
 
@@ -343,5 +372,5 @@ def _kind(name: str) -> str:
     """What a policy calls a saved value: that of one tile like that of all, Gemma's outputs like m."""
     kind = name.partition(".")[0]
     if kind in TAILS:
-        return "o_tail"
+        return TAILS[kind]
     return "m" if kind in ("attention_output", "mlp_output") else kind

@@ -10,6 +10,8 @@ from __future__ import annotations
 import inspect
 import logging
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -27,6 +29,7 @@ from whet.models import activations, attention
 from whet.models.activations import HostMemory, Policy
 from whet.models.block import Block
 from whet.models.families import FamilySpec, LayerShape, Norm, family, projections, read_norm, read_shape
+from whet.models.projection import Projections
 from whet.models.reading import LayerReader, Reader, lay_together
 
 log = logging.getLogger("whet")
@@ -41,9 +44,10 @@ class Shared:
 
     policy: what each keeps for the backward pass, where `layers` does not say it layer by layer. tile: tokens that go
     through a weight at once. fp8: the base's products run in FP8. auto: whether a trainer may plan policy and tile,
-    within `budget` bytes on the device. plan: the one it made, in words. in_place: a trainer runs the pass, and will
-    find gradients of weights in the weights' own `grad`, wherever they were made. gradient: the buffer in which the
-    layer above has handed one down.
+    within `budget` bytes on the device. plan: the one it made, in words. held: so many layers keep their weights
+    dequantized from pass to pass, while it is `holding`. in_place: a trainer runs the pass, and will find gradients of
+    weights in the weights' own `grad`, wherever they were made. gradient: the buffer in which the layer above has
+    handed one down.
     """
 
     config: Any
@@ -55,6 +59,8 @@ class Shared:
     auto: bool = False
     budget: float | None = None
     plan: str | None = None
+    held: int = 0
+    holding: bool = False
     in_place: bool = False
     host: HostMemory | None = None
     said: set[str] = field(default_factory=set)
@@ -63,6 +69,11 @@ class Shared:
 
     def policy_of(self, layer: int) -> Policy:
         return self.policy if self.layers is None else self.layers[layer]
+
+    def holds(self, layer: int) -> bool:
+        """Those held lie as far apart as they go."""
+        layers = self.config.num_hidden_layers
+        return self.holding and (layer + 1) * self.held // layers > layer * self.held // layers
 
     def tables(self, position_ids: Tensor, layer_type: str | None) -> tuple[Tensor, Tensor]:
         """cos and sin [P, d/2] in fp32 of the batch's positions, from the model's own rotary module."""
@@ -159,7 +170,8 @@ class FusedLayer:
         fp8 = shared.fp8 and all(p.fp8_base is not None for p in projections.all)
         if shared.fp8 and not fp8:
             self._say("weights that are no multiple of FP8's tiles, or not NF4", "16 bits, not FP8")
-        return Block(shape, projections, cos, sin, layout, shared.tile, fp8, shared.in_place)
+        hold = shared.holds(self._whet_index)
+        return Block(shape, projections, cos, sin, layout, shared.tile, fp8, shared.in_place, hold)
 
     def _say(self, reason: str, what: str = "generic path, not the fused block") -> str:
         """Say once a model why its layers run in another way than was asked for."""
@@ -314,6 +326,23 @@ def _fuse_layer(layer: nn.Module, index: int, spec: FamilySpec, shape: LayerShap
 def shared_of(model: nn.Module) -> Shared | None:
     """What the fused layers of a model share, or None where it has none."""
     return next((m._whet for m in model.modules() if isinstance(m, FusedLayer)), None)
+
+
+@contextmanager
+def weights_held(model: nn.Module) -> Iterator[None]:
+    """Meanwhile, as many layers as `Shared.held` says keep their weights dequantized. Nothing may change these."""
+    shared = shared_of(model)
+    if shared is None:
+        yield
+        return
+    shared.holding = True
+    try:
+        yield
+    finally:
+        shared.holding = False
+        for module in model.modules():
+            if isinstance(module, FusedLayer) and isinstance(found := module._whet_reader.read(), Projections):
+                found.let_go()
 
 
 def path_of(model: nn.Module) -> str:

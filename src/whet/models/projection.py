@@ -20,7 +20,15 @@ from whet.kernels.extend import extend, lay_out
 from whet.kernels.fp8 import weight_scales
 from whet.kernels.layer_weights import ProjectionWeight
 from whet.kernels.nf4 import NF4Weight, dequantize_nf4, stack, stack_dense
-from whet.models.weights import ApartWeights, BesideWeights, Fp8Base, Fp8Weights, Weights, product
+from whet.models.weights import (
+    ApartWeights,
+    BesideWeights,
+    Fp8Base,
+    Fp8Weights,
+    Weights,
+    add_product,
+    product,
+)
 
 
 @dataclass(frozen=True)
@@ -142,22 +150,25 @@ class Projection:
         """fp32 gradients of `parameters` from one tile of tokens.
 
         g: dY (s B), the margin of the gradient; x: the input; dy: the gradient of the output; tail: x A^T.
-        in_place: those of weights are added to the weights' own `grad`, and None here.
+        in_place: they are added to the parameters' own `grad` where nobody listens to that, and None here.
         """
         if not self.parameters:
             return []
-        downs = ups = None
-        if self.adapted:
-            downs = product(g_TR[:, : self.rank].T, x_TK)
-            ups = product(dy_TN.T, tail_TR[:, : self.rank])
+        g, tail = g_TR[:, : self.rank].T, tail_TR[:, : self.rank]
+        adapters = [p for part in self.adapted for p in (part.down, part.up)]
+        wide = wide_dtype(dy_TN.dtype)
+        there = in_place and bool(adapters) and all(p is not None and takes_in_place(p, wide) for p in adapters)
+        if there:
+            self._add_down_gradients(g, x_TK)
+            self._add_up_gradients(dy_TN, tail)
+        elif adapters:
+            downs, ups = product(g, x_TK), product(dy_TN.T, tail)
         found: list[Tensor | None] = []
-        row, column = 0, 0
-        for part in self.parts:
-            rows = slice(row, row + part.rows)
-            if downs is not None and ups is not None and part.down is not None:
-                ranks = slice(column, column + part.down.shape[0])
+        for part, rows, ranks in self._places:
+            if there and part.down is not None:
+                found += [None, None]
+            elif part.down is not None:
                 found += [downs[ranks], ups[rows, ranks] if part.scale == 1 else ups[rows, ranks] * part.scale]
-                column = ranks.stop
             for parameter in part.trained:
                 dy = dy_TN[:, rows]
                 if parameter.ndim != 2:
@@ -167,8 +178,43 @@ class Projection:
                     found.append(None)
                 else:
                     found.append(product(dy.T, x_TK))
-            row = rows.stop
         return found
+
+    @cached_property
+    def _places(self) -> list[tuple[Part, slice, slice]]:
+        """Each part, with its rows of W and its columns of the margin: none without an adapter."""
+        found, row, column = [], 0, 0
+        for part in self.parts:
+            rank = 0 if part.down is None else part.down.shape[0]
+            found.append((part, slice(row, row + part.rows), slice(column, column + rank)))
+            row, column = row + part.rows, column + rank
+        return found
+
+    def _add_down_gradients(self, g_RT: Tensor, x_TK: Tensor) -> None:
+        """Those of A, which lie under each other as one matrix once this has made them: one product adds to all."""
+        downs = [(part.down, ranks) for part, _, ranks in self._places if part.down is not None]
+        together = _under_each_other([p.grad for p, _ in downs])
+        if together is not None:
+            add_product(together, g_RT, x_TK)
+            return
+        made = product(g_RT, x_TK)
+        for p, ranks in downs:
+            p.grad = made[ranks] if p.grad is None else p.grad.add_(made[ranks])
+
+    def _add_up_gradients(self, dy_TN: Tensor, tail_TR: Tensor) -> None:
+        """Those of B. One product gives them for all parts, and more that nobody needs: cheaper than one for each."""
+        ups = [(part.up, part.scale, rows, ranks) for part, rows, ranks in self._places if part.up is not None]
+        (first, scale, rows, _) = ups[0]
+        if len(ups) == 1 and first.grad is not None:
+            add_product(first.grad, dy_TN[:, rows].T, tail_TR, scale)
+            return
+        made = product(dy_TN.T, tail_TR)
+        for p, scale, rows, ranks in ups:
+            part = made[rows, ranks]
+            if p.grad is None:
+                p.grad = part.mul(scale).contiguous()
+            else:
+                p.grad.add_(part, alpha=scale)
 
 
 def margin(needed: int, device_type: str) -> int:
@@ -195,29 +241,61 @@ class Projections:
     def __post_init__(self) -> None:
         self.all = (self.qkv, self.o, self.gate_up, self.down)
         self.parameters = tuple(x for p in self.all for x in p.parameters)
-        self._laid_out: dict[tuple[torch.dtype, bool], layer_weights.LayerWeights | None] = {}
+        self._laid_out: dict[tuple[torch.dtype, bool, bool], layer_weights.LayerWeights | None] = {}
+        self._held: dict[torch.dtype, Tensor] = {}
 
-    def weights(self, dtype: torch.dtype, device: torch.device, *, fp8: bool = False) -> LayerWeights:
-        """All four dequantized, the adapters beside them; or, in FP8, to be so. In one launch where that can be."""
-        together = self._in_one_launch(dtype, apart=fp8)
+    def weights(
+        self, dtype: torch.dtype, device: torch.device, *, fp8: bool = False, hold: bool = False
+    ) -> LayerWeights:
+        """All four dequantized, the adapters beside them; or, in FP8, to be so. In one launch where that can be.
+
+        hold: what is dequantized stays where it is until `let_go`, and only the adapters are laid out again.
+        """
+        ready = not fp8 and dtype in self._held
+        together = self._in_one_launch(dtype, apart=fp8, ready=ready)
         if fp8:
             if together is not None:
                 laid_out = layer_weights.layer_weights(together)
                 borders = list(zip(laid_out[::2], laid_out[1::2], strict=True))
             else:
                 borders = [p.borders(dtype, device) for p in self.all]
-            return LayerWeights(*(Fp8Weights(p.fp8_base, *b) for p, b in zip(self.all, borders, strict=True)))
+            pairs = zip(self.all, borders, strict=True)
+            return LayerWeights(*(Fp8Weights(p.fp8_base, *border, hold=hold) for p, border in pairs))
         if together is None:
             return LayerWeights(*(p.weights(dtype, device) for p in self.all))
-        laid_out = layer_weights.layer_weights(together)
+        if hold and not ready:
+            self._held[dtype] = layer_weights.new_buffer(together)
+        laid_out = layer_weights.layer_weights(together, self._held.get(dtype))
         return LayerWeights(*(p.beside(e) for p, e in zip(self.all, laid_out, strict=True)))
 
-    def _in_one_launch(self, dtype: torch.dtype, *, apart: bool) -> layer_weights.LayerWeights | None:
-        if (dtype, apart) not in self._laid_out:
+    def let_go(self) -> None:
+        """Of what was held."""
+        self._held.clear()
+        for p in self.all:
+            if "fp8_base" in vars(p) and p.fp8_base is not None:
+                p.fp8_base.held.clear()
+
+    def _in_one_launch(self, dtype: torch.dtype, *, apart: bool, ready: bool) -> layer_weights.LayerWeights | None:
+        key = dtype, apart, ready
+        if key not in self._laid_out:
             known = [x for x in (p.in_one_launch for p in self.all) if x is not None]
             fits = len(known) == 4 and layer_weights.takes(known)
-            self._laid_out[dtype, apart] = layer_weights.LayerWeights(known, dtype, apart) if fits else None
-        return self._laid_out[dtype, apart]
+            self._laid_out[key] = layer_weights.LayerWeights(known, dtype, apart, ready) if fits else None
+        return self._laid_out[key]
+
+
+def _under_each_other(matrices: list[Tensor | None]) -> Tensor | None:
+    """Matrices whose rows follow each other in memory, as one; None where they don't, or are not there."""
+    known = [x for x in matrices if x is not None and x.is_contiguous()]
+    if len(known) < len(matrices):
+        return None
+    end = known[0].storage_offset()
+    for x in known:
+        if x.untyped_storage().data_ptr() != known[0].untyped_storage().data_ptr() or x.storage_offset() != end:
+            return None
+        end += x.numel()
+    columns = known[0].shape[1]
+    return known[0].as_strided((sum(len(x) for x in known), columns), (columns, 1))
 
 
 def takes_in_place(parameter: nn.Parameter, dtype: torch.dtype) -> bool:

@@ -8,7 +8,7 @@ Shapes: W [N, K]; R columns of margin; x [T, K + R]; g [T, N + R]; down [K, R] i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from typing import Protocol
@@ -16,9 +16,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from whet.kernels import cublaslt
 from whet.kernels._precision import wide_dtype
-from whet.kernels.fp8 import dequantize_nf4_fp8, quantize_rows, scaled_mm
+from whet.kernels.fp8 import dequantize_nf4_fp8, quantize_rows
 from whet.kernels.nf4 import NF4Weight
+
+LARGE = 1024  # rows of the left operand, below which launching costs the host more than the GPU
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -28,6 +31,16 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
+    """total += scale * product(a, b), in place."""
+    if a.dtype == wide_dtype(a.dtype):
+        total.addmm_(a, b, alpha=scale)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=torch.float32, alpha=scale, out=total)
+    else:
+        total.addmm_(a.float(), b.float(), alpha=scale)
 
 
 class Weights(Protocol):
@@ -52,6 +65,15 @@ class Weights(Protocol):
     def back_product(self, dye: Tensor, out: Tensor | None = None) -> Tensor: ...
 
 
+def multiply(a: Tensor, b: Tensor, out: Tensor | None, c: Tensor | None = None) -> Tensor:
+    """a @ b (+ c) in the dtype of a. Large products take the best algorithm that cuBLASLt has for them."""
+    if not a.is_cuda or a.shape[0] < LARGE:
+        return torch.mm(a, b, out=out) if c is None else torch.addmm(c, a, b, out=out)
+    if out is None:
+        out = a.new_empty(a.shape[0], b.shape[1])
+    return cublaslt.product(a, b, c=c, out=out, tuned=True)
+
+
 class BesideWeights:
     """[N + R, K + R] as kernels/extend.py lays it out: one product gives base and adapters."""
 
@@ -61,13 +83,13 @@ class BesideWeights:
         self.width_out, self.width_in = e.shape
 
     def product(self, xe: Tensor, out: Tensor | None = None) -> Tensor:
-        return torch.mm(xe, self._forward, out=out)
+        return multiply(xe, self._forward, out)
 
     def add_product(self, residual: Tensor, xe: Tensor, out: Tensor) -> None:
-        torch.addmm(residual, xe, self._forward, out=out)
+        multiply(xe, self._forward, out, residual)
 
     def back_product(self, dye: Tensor, out: Tensor | None = None) -> Tensor:
-        return torch.mm(dye, self._back, out=out)
+        return multiply(dye, self._back, out)
 
 
 class ApartWeights:
@@ -93,9 +115,10 @@ class ApartWeights:
     def add_product(self, residual: Tensor, xe: Tensor, out: Tensor) -> None:
         """Summed in fp32: rounded once, at the residual's size, as with adapters beside the weight."""
         x, tail = xe[:, : self._columns], xe[:, self._columns :]
-        small = torch.mm(tail, self.up.T)
+        total = product(tail, self.up.T)
         for rows, part in zip(self._rows, self._parts, strict=True):
-            torch.add(residual[:, rows], product(x, part.T).add_(small[:, rows]), out=out[:, rows])
+            add_product(total[:, rows], x, part.T)
+        torch.add(residual, total, out=out)
 
     def back_product(self, dye: Tensor, out: Tensor | None = None) -> Tensor:
         dx = torch.mm(dye[:, self.up.shape[0] :], self.down.T, out=out)
@@ -106,41 +129,60 @@ class ApartWeights:
 
 @dataclass(frozen=True)
 class Fp8Base:
-    """An NF4 weight and its FP8 scales: of rows for products, of columns for gradients. They are computed once."""
+    """An NF4 weight and its FP8 scales: of rows for products, of columns for gradients. They are computed once.
+
+    held: what of the weight in FP8 stays from pass to pass, transposed or not.
+    """
 
     weight: NF4Weight
     row_scales: Tensor
     column_scales: Tensor
+    held: dict[bool, Tensor] = field(default_factory=dict)
+
+    def dequantized(self, *, transposed: bool, hold: bool) -> Tensor:
+        found = self.held.get(transposed)
+        if found is None:
+            found = dequantize_nf4_fp8(self.weight, self.row_scales, self.column_scales, transposed=transposed)
+            if hold:
+                self.held[transposed] = found
+        return found
 
 
 class Fp8Weights:
     """The base in FP8 (E4M3), each operand's rows scaled to its range; adapters and bias in 16 bits, added after."""
 
-    def __init__(self, frozen: Fp8Base, up: Tensor, down: Tensor):
-        """up [N, R] is s B with the bias; down [R, K] is A."""
-        self._frozen, self.down, self.up = frozen, down.T, up
+    def __init__(self, frozen: Fp8Base, up: Tensor, down: Tensor, *, hold: bool = False):
+        """up [N, R] is s B with the bias; down [R, K] is A. hold: the base in FP8 stays for other passes."""
+        self._frozen, self.down, self.up, self._hold = frozen, down.T, up, hold
         margin = up.shape[1]
         self.width_in, self.width_out = frozen.weight.columns + margin, frozen.weight.rows + margin
 
     @cached_property
     def _rows(self) -> Tensor:
-        f = self._frozen
-        return dequantize_nf4_fp8(f.weight, f.row_scales, f.column_scales, transposed=False)
+        return self._frozen.dequantized(transposed=False, hold=self._hold)
 
     @cached_property
     def _columns(self) -> Tensor:
-        f = self._frozen
-        return dequantize_nf4_fp8(f.weight, f.row_scales, f.column_scales, transposed=True)
+        return self._frozen.dequantized(transposed=True, hold=self._hold)
 
     def product(self, xe: Tensor, out: Tensor | None = None) -> Tensor:
-        x, tail = xe[:, : self._frozen.weight.columns], xe[:, self._frozen.weight.columns :]
-        y = scaled_mm(*quantize_rows(x), self._rows, self._frozen.row_scales, xe.dtype, out)
-        return y.addmm_(tail, self.up.T) if self.up.shape[1] else y
+        return self._multiply(xe, self._rows, self._frozen.row_scales, self.up.T, out)
 
     def add_product(self, residual: Tensor, xe: Tensor, out: Tensor) -> None:
-        self.product(xe, out).add_(residual)
+        self._multiply(xe, self._rows, self._frozen.row_scales, self.up.T, out, residual)
 
     def back_product(self, dye: Tensor, out: Tensor | None = None) -> Tensor:
-        g, tail = dye[:, : self._frozen.weight.rows], dye[:, self._frozen.weight.rows :]
-        dx = scaled_mm(*quantize_rows(g), self._columns, self._frozen.column_scales, dye.dtype, out)
-        return dx.addmm_(tail, self.down.T) if self.down.shape[1] else dx
+        return self._multiply(dye, self._columns, self._frozen.column_scales, self.down.T, out)
+
+    @staticmethod
+    def _multiply(
+        xe: Tensor, base: Tensor, scales: Tensor, small: Tensor, out: Tensor | None, residual: Tensor | None = None
+    ) -> Tensor:
+        """[x | tail]: x base^T + tail small (+ residual). The adapter's part comes first: the base's adds to it."""
+        x, tail = xe[:, : base.shape[1]], xe[:, base.shape[1] :]
+        if out is None:
+            out = xe.new_empty(xe.shape[0], base.shape[0])
+        if tail.shape[1]:
+            residual = multiply(tail, small, out, residual)
+        x8, x_scales = quantize_rows(x)
+        return cublaslt.product(x8, base.T, c=residual, out=out, scale_a=x_scales, scale_b=scales)

@@ -15,13 +15,13 @@ from torch import nn
 from whet.errors import WhetError
 from whet.models import activations
 from whet.models.activations import Policy
+from whet.models.embedding import bytes_of, movable_embedding, move_to_host
 from whet.models.fused import FusedLayer, shared_of
 from whet.plan import memory
 from whet.plan.memory import GIB, Device, Plan, Sizes
 
 log = logging.getLogger("whet")
 
-OPTIMIZER_BUFFERS = 32 * 2**20  # train/optimizer.py's
 EIGHT_BIT = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "lion_8bit")
 
 
@@ -43,7 +43,15 @@ def sizes_of(model: nn.Module) -> Sizes | None:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     head_trains = head is not None and any(p.requires_grad for p in head.parameters())
     return Sizes(
-        layers[0]._whet_shape, len(layers), shared.config.vocab_size, rank, bits, element, trained, head_trains
+        layers[0]._whet_shape,
+        len(layers),
+        shared.config.vocab_size,
+        rank,
+        bits,
+        element,
+        trained,
+        head_trains,
+        float(bytes_of(movable_embedding(model))),
     )
 
 
@@ -51,6 +59,8 @@ def sizes_of(model: nn.Module) -> Sizes | None:
 def device_rates(device: torch.device) -> Device:
     """Rates of the nearest device known, and of this machine's own link to its host, which differs most: measured."""
     nearest = memory.HOPPER if torch.cuda.get_device_capability(device)[0] >= 9 else memory.AMPERE
+    if "H200" in torch.cuda.get_device_name(device):
+        nearest = memory.H200
     return replace(nearest, link=_link(device))
 
 
@@ -79,7 +89,7 @@ def static_bytes(model: nn.Module, optimizer: str) -> float:
         if p.requires_grad:
             states = 2.1 if eight_bit and p not in embeddings else 8
             coming += p.numel() * (states + (p.element_size() if p.grad is None else 0))
-    return torch.cuda.memory_allocated() + coming + (OPTIMIZER_BUFFERS if eight_bit else 0)
+    return torch.cuda.memory_allocated() + coming
 
 
 def plan(
@@ -137,7 +147,10 @@ def fit_to_memory(model: nn.Module, config: Any, budget: float | None, *, record
         return None
     rows = passes[chosen.tokens]
     config.per_device_train_batch_size, config.gradient_accumulation_steps = rows, a_step // rows
-    shared.layers, shared.tile = chosen.policies, chosen.tile
+    shared.layers, shared.tile, shared.held = chosen.policies, chosen.tile, chosen.held
+    embedding = movable_embedding(model)
+    if chosen.embedding_on_host and embedding is not None:
+        move_to_host(embedding)
     shared.plan = f"{rows} rows at a time, {a_step // rows} times a step; {describe(chosen)}"
     log.info("%s", shared.plan)
     return chosen
@@ -148,4 +161,6 @@ def describe(chosen: Plan) -> str:
     names = {frozenset(p.keep): name for name, p in vars(activations).items() if isinstance(p, Policy)}
     counts = Counter(f"{names[p.keep].lower()}{' on the host' if p.offload else ''}" for p in chosen.policies)
     kinds = ", ".join(f"{count} {name}" for name, count in counts.items())
-    return f"peak {chosen.peak / GIB:.2f} GiB; layers keep: {kinds}; tiles of {chosen.tile} tokens"
+    more = f"; {chosen.held} layers' weights stay dequantized" if chosen.held else ""
+    more += "; the embedding in host memory" if chosen.embedding_on_host else ""
+    return f"peak {chosen.peak / GIB:.2f} GiB; layers keep: {kinds}; tiles of {chosen.tile} tokens{more}"

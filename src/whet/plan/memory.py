@@ -24,9 +24,10 @@ SLACK = 0.005  # of the budget, for the allocator's rounding
 TILES = (4096, 2048, 1024, 512)  # tokens that go through a weight at once
 HEAD_CHUNK = 256 * 2**20
 HEAD_ROWS = 4096  # of the gradient that the head hands down, which are scaled at once
-# cuBLAS takes 32 MiB for the forward's thread and as much for the backward's; the rest is what four measured peaks
+# cuBLAS takes 32 MiB for the forward's thread, as much for the backward's, and as much once more where it is called
+# directly (kernels/cublaslt.py); the rest is what four measured peaks
 # leave (tests/plan/test_memory.py): cuDNN's, tables of positions, the batch.
-LIBRARIES = 128 * 2**20
+LIBRARIES = 160 * 2**20
 # Above so many tokens a pass takes one more value of the width a token, and 80 MiB: measured peaks at 16,384 and 65,536
 # tokens say so, at 4,096 they do not. Who holds them is not known.
 LONG = 8192
@@ -37,6 +38,8 @@ LONG = 8192
 ATTENTION_FORWARD, ATTENTION_BACKWARD = 0.69, 0.48
 SKINNY = 0.8
 LINK = 0.9
+# What a plan must gain to have values wait in host memory: it has to be pinned first, about a second for 4 GB.
+WORTH = 0.01
 # From the end of a kernel to the full speed of the next, in a recorded pass. Fitted, not measured: with the rates above
 # and 8 ms a step beside its passes, it brings four measured steps (tests/plan/test_memory.py), of 8,000 to 33,000
 # kernels, within 1.2%. A fixed cost of a pass would be hard to tell from it.
@@ -65,6 +68,7 @@ EVERY = ON_DEVICE + ON_HOST
 # Others take the nearest. HOPPER's matrix rate is what an H100's power sustains (657 to 726 TFLOP/s at 512 to 8,192
 # tokens, in no order; 820 in short bursts).
 HOPPER = Device(matrix=700e12, memory=3.0e12, link=50e9)
+H200 = replace(HOPPER, matrix=720e12, memory=4.1e12)
 AMPERE = Device(matrix=230e12, memory=1.7e12, link=20e9)
 
 
@@ -72,7 +76,8 @@ AMPERE = Device(matrix=230e12, memory=1.7e12, link=20e9)
 class Sizes:
     """What of a model the plan depends on. rank: of each projection's adapter (0: none); bits: of the base's weights.
 
-    trained: whether these train themselves. trained_head: whether the output head does.
+    trained: whether these train themselves. trained_head: whether the output head does. embedding: bytes of the input
+    embedding that may wait in host memory.
     """
 
     shape: LayerShape
@@ -83,6 +88,7 @@ class Sizes:
     element: int = 2
     trained: bool = False
     trained_head: bool = False
+    embedding: float = 0.0
     tile: int = 4096
 
     @property
@@ -110,7 +116,8 @@ class Sizes:
 class Plan:
     """tokens: of a pass, tile: of those that go through a weight at once. policies: of each layer, from the first.
 
-    peak: bytes on the device.
+    peak: bytes on the device. held: how many layers' weights stay dequantized from pass to pass. embedding_on_host:
+    whether the input embedding waits in host memory.
     """
 
     tokens: int
@@ -118,6 +125,8 @@ class Plan:
     policies: tuple[Policy, ...]
     peak: float
     seconds_a_token: float
+    held: int = 0
+    embedding_on_host: bool = False
 
 
 @cache
@@ -135,6 +144,20 @@ def _margin(sizes: Sizes, parts: int) -> int:
 
 
 @cache
+def dequantized(sizes: Sizes) -> float:
+    """A layer's four weights as a pass multiplies by them, the adapters beside them; of a base in 16 bits only these.
+
+    With FP8 compute the weights lie there twice, by rows and by columns, in half as many bits.
+    """
+    d, f, q, w = sizes.shape.width, sizes.shape.hidden, sizes.q, sizes.qkv
+    in_qkv, in_o, in_gate_up, in_down = (_margin(sizes, parts) for parts in (3, 1, 2, 1))
+    elements = in_qkv * (w + d) + in_o * (d + q) + in_gate_up * (2 * f + d) + in_down * (d + f)
+    if sizes.bits < 16:
+        elements += sizes.layer_weights + in_qkv**2 + in_o**2 + in_gate_up**2 + in_down**2
+    return sizes.element * elements
+
+
+@cache
 def layer_working(sizes: Sizes, policy: Policy, tokens: int) -> float:
     """The most that is alive at one time in a layer's backward pass, beside what layers keep.
 
@@ -148,10 +171,7 @@ def layer_working(sizes: Sizes, policy: Policy, tokens: int) -> float:
     if tokens > LONG:
         flow += tokens * e * d + 80 * 2**20
     again = kept(sizes, MOST, tokens) - kept(sizes, policy, tokens) if "qkv" not in policy.keep else 0
-    # all four projections, for a whole pass; those in 16 bits lie there already, but for the adapters
-    weights = e * (in_qkv * (w + d) + in_o * (d + q) + in_gate_up * (2 * f + d) + in_down * (d + f))
-    if sizes.bits < 16:
-        weights += e * (sizes.layer_weights + in_qkv**2 + in_o**2 + in_gate_up**2 + in_down**2)
+    weights = dequantized(sizes)  # for a whole pass
     gradients = 4 * sizes.adapter  # of the adapters, in fp32; those of weights are added where they are held
     # normed m, the gradient with its margin, gate and up, the gradient of the activation, it again, that of gate and up
     mlp = t * e * (d + in_gate_up + d + in_down + f + f + 2 * f + in_gate_up)
@@ -205,6 +225,13 @@ def _pass_peak(sizes: Sizes, policies: tuple[Policy, ...], tokens: int) -> float
     return most + LIBRARIES
 
 
+def dequantization_seconds(sizes: Sizes, device: Device) -> float:
+    """Of a layer, once."""
+    if sizes.bits == 16:
+        return 0.0
+    return sizes.layer_weights * (sizes.bits / 8 + sizes.element) / (SKINNY * device.memory)
+
+
 @cache
 def layer_seconds(sizes: Sizes, device: Device, policy: Policy, tokens: int, length: int) -> tuple[float, float]:
     """An estimate for one layer's forward and backward pass, without waiting for copies."""
@@ -215,7 +242,7 @@ def layer_seconds(sizes: Sizes, device: Device, policy: Policy, tokens: int, len
     value = tokens * e / device.memory  # to read or write, for each column
     skinny = value / SKINNY if sizes.rank else 0.0  # for each column that a product with an adapter reads
     scores = 4 * tokens * (length / 2) * q / device.matrix
-    weights = sizes.layer_weights * (sizes.bits / 8 + e) / (SKINNY * device.memory) if sizes.bits < 16 else 0.0
+    weights = dequantization_seconds(sizes, device)
     inputs, outputs = d + q + d + f, w + d + 2 * f + d  # of all four projections
     # kernels of models/block.py, a layer's and a tile's; gradients of adapters are added to their own one by one
     launches, tile_launches = (3, 14) if sizes.rank else (3, 8)
@@ -250,18 +277,22 @@ def head_seconds(sizes: Sizes, device: Device, tokens: int) -> float:
     return tokens * (a_token + 3 * sizes.element * sizes.vocabulary / device.memory)
 
 
-def seconds(sizes: Sizes, device: Device, policies: Mix, tokens: int, length: int) -> float:
+def seconds(sizes: Sizes, device: Device, policies: Mix, tokens: int, length: int, held: int = 0) -> float:
     """An estimate for one pass of `tokens`, forward and backward, in documents of `length`.
 
     What a step takes beside its passes (optimizer and trainer: about 8 ms) is the same for any plan.
     """
-    return _pass_seconds(sizes, device, spread(policies), tokens, length)
+    return _pass_seconds(sizes, device, spread(policies), tokens, length, held)
 
 
-def _pass_seconds(sizes: Sizes, device: Device, policies: tuple[Policy, ...], tokens: int, length: int) -> float:
+def _pass_seconds(
+    sizes: Sizes, device: Device, policies: tuple[Policy, ...], tokens: int, length: int, held: int = 0
+) -> float:
     """Follows the device's two queues, one that computes and one that copies, as models/activations.py fills them."""
     kinds = set(policies)
-    times = {policy: layer_seconds(sizes, device, policy, tokens, length) for policy in kinds}
+    saved = dequantization_seconds(sizes, device) * held / sizes.layers  # of each layer, whichever are held
+    each = {policy: layer_seconds(sizes, device, policy, tokens, length) for policy in kinds}
+    times = {policy: (forward - saved, backward - saved) for policy, (forward, backward) in each.items()}
     copies = {policy: kept(sizes, policy, tokens) / (LINK * device.link) for policy in kinds if policy.offload}
     now = copying = 0.0  # when all that has been queued so far is done
     for policy in policies:
@@ -288,21 +319,53 @@ def choose(
 ) -> Plan | None:
     """The fastest plan whose peak stays within `budget`; None if there is none.
 
-    passes: tokens that a pass may have. host: bytes of host memory that may be pinned.
+    passes: tokens that a pass may have. host: bytes of host memory that may be pinned. Where all else has its place,
+    layers' weights stay dequantized. Host memory is used where that is `WORTH` it.
     """
+    plans = [_choose(sizes, device, budget, static, passes, length, room) for room in (0.0, host)]
+    if sizes.embedding and sizes.embedding <= host:
+        left, room = static - sizes.embedding, host - sizes.embedding
+        plans.append(_choose(sizes, device, budget, left, passes, length, room, embedding_on_host=True))
+    found = [plan for plan in plans if plan is not None]
+    if not found:
+        return None
+    fastest = min(plan.seconds_a_token for plan in found)
+    return next(plan for plan in found if plan.seconds_a_token <= (1 + WORTH) * fastest)
+
+
+def _choose(
+    sizes: Sizes,
+    device: Device,
+    budget: float,
+    static: float,
+    passes: list[int],
+    length: int,
+    host: float,
+    *,
+    embedding_on_host: bool = False,
+) -> Plan | None:
     fitting = (1 - SLACK) * budget
+    # a token's row comes across the link, before anything can be computed
+    row = sizes.shape.width * sizes.element / (LINK * device.link) if embedding_on_host else 0.0
+    layer, saving = dequantized(sizes), 2 * dequantization_seconds(sizes, device)
+
+    def held(room: float) -> int:
+        return min(sizes.layers, int(room / layer)) if saving else 0
+
     candidates: list[tuple[float, int, int, tuple[Policy, ...]]] = []
     for tokens in passes:
         for tile in _tiles(sizes, tokens):
             tiled = replace(sizes, tile=tile)
             each = {p: (kept(tiled, p, tokens), sum(layer_seconds(tiled, device, p, tokens, length))) for p in EVERY}
             head = head_seconds(tiled, device, tokens)
+            beside = static + head_working(tiled, tokens) + LIBRARIES
             for counts, policies in _mixes(sizes.layers):
                 here = sum(n * each[p][0] for p, n in counts if not p.offload)
                 parked = sum(n * each[p][0] for p, n in counts if p.offload)
-                if static + here + head_working(tiled, tokens) + LIBRARIES < fitting and parked <= host:
-                    least = max(sum(n * each[p][1] for p, n in counts), sizes.layers * device.launch) + head
-                    candidates.append((least / tokens, tokens, tile, policies))
+                if beside + here < fitting and parked <= host:
+                    least = sum(n * each[p][1] for p, n in counts) - saving * held(fitting - beside - here)
+                    least = max(least, sizes.layers * device.launch) + head
+                    candidates.append((least / tokens + row, tokens, tile, policies))
     best: Plan | None = None
     for least, tokens, tile, policies in sorted(candidates, key=lambda x: x[0]):
         if best is not None and least >= best.seconds_a_token:
@@ -311,18 +374,21 @@ def choose(
         needed = static + _pass_peak(tiled, policies, tokens)
         if needed > fitting:
             continue
-        time = _pass_seconds(tiled, device, policies, tokens, length) / tokens
+        kept_ready = held(fitting - needed)
+        time = _pass_seconds(tiled, device, policies, tokens, length, kept_ready) / tokens + row
         if best is None or time < best.seconds_a_token:
-            best = Plan(tokens, tile, policies, needed, time)
+            peak = needed + kept_ready * layer
+            best = Plan(tokens, tile, policies, peak, time, kept_ready, embedding_on_host)
     return best
 
 
 def leanest(sizes: Sizes, static: float, tokens: int) -> Plan:
     """The plan for passes of `tokens` that takes the least memory on the device."""
     lean = replace(sizes, tile=_tiles(sizes, tokens)[-1])
+    static -= sizes.embedding
     mixes = [{replace(p, offload=True): sizes.layers} for p in (MOST, ATTENTION, INPUT)]
     needed, policies = min(((peak(lean, static, mix, tokens), spread(mix)) for mix in mixes), key=lambda x: x[0])
-    return Plan(tokens, lean.tile, policies, needed, float("nan"))
+    return Plan(tokens, lean.tile, policies, needed, float("nan"), embedding_on_host=sizes.embedding > 0)
 
 
 def _tiles(sizes: Sizes, tokens: int) -> list[int]:

@@ -92,7 +92,7 @@ class OlderTrainer:
         """What one trainer needs beyond the rest."""
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' own; in the place of bitsandbytes' AdamW in 8 bits, one of the same results with few launches.
+        """transformers' own; in the place of bitsandbytes' AdamW in 8 bits, one with few launches.
 
         transformers makes the optimizer first: it also tells bitsandbytes which weights keep moments of 32 bits.
         """

@@ -74,8 +74,9 @@ class Form:
     def laid_out(self, batch: Batch) -> Batch:
         """`batch` in this form: copies of its tensors, filled up with empty documents and rows without a label."""
         labels, bounds = batch["label_rows"], batch["cu_seq_lens_q"]
-        spare = labels.new_tensor([[self.tokens - 1], [IGNORED]]).expand(2, self.label_rows - labels.shape[1])
-        wide = torch.cat([labels, spare], dim=1)
+        spare = self.label_rows - labels.shape[1]
+        wide = torch.cat([labels, labels.new_full((2, spare), IGNORED)], dim=1)
+        wide[0, labels.shape[1] :] = self.tokens - 1
         cu = torch.cat([bounds, bounds.new_full((self.documents + 1 - bounds.numel(),), self.tokens)])
         found = {name: x.clone() if isinstance(x, Tensor) else x for name, x in batch.items()}
         return {
@@ -125,8 +126,10 @@ class PassGraph:
             self._form, self._settings = Form.of(batch), settings
         self._passes += 1
         if self.graph is None and (not self.allowed or self._passes < self._patience or not self._record(batch)):
+            self._gradients = []  # else they stay beside the new ones
             found = self.step(batch)
-            self._trained = [p for p in self.model.parameters() if p.grad is not None]
+            pairs = [(p, p.grad) for p in self._parameters if p.grad is not None]
+            self._trained, self._gradients = [p for p, _ in pairs], [gradient for _, gradient in pairs]
             return found
         for name, x in self._form.laid_out(batch).items():
             if isinstance(x, Tensor):
@@ -144,10 +147,10 @@ class PassGraph:
 
     def drop(self) -> None:
         """Let the graph go, and give its memory back."""
-        self._form, self._passes = None, 0
+        self._form, self._passes, self._gradients = None, 0, []
         if self.graph is not None:
             self.graph.reset()
-            self.graph, self._batch, self._found, self._gradients = None, {}, {}, []
+            self.graph, self._batch, self._found = None, {}, {}
             torch.cuda.empty_cache()
 
     def _bind(self) -> None:
@@ -166,8 +169,7 @@ class PassGraph:
         assert self._form is not None
         assert self.shared is not None
         self._batch = self._form.laid_out(batch)
-        self._gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._trained]
-        self._bind()
+        self._bind()  # to those that the last pass has made: they lie as the block wants them
         # A recording that fails leaves the generator it used unusable: give it one of the same state.
         generator = torch.cuda.default_generators[batch["input_ids"].device.index]
         own = generator.graphsafe_get_state()

@@ -66,10 +66,11 @@ class SFTTrainer(OlderTrainer, trl.SFTTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._passes = self._first_step = None
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            self._let_graph_go()
+        with fused.weights_held(self.model):
+            try:
+                return super().train(*args, **kwargs)
+            finally:
+                self._let_graph_go()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         self._let_graph_go()  # its memory is evaluation's now
