@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -328,8 +329,9 @@ def test_autograds_thread() -> None:
 
 
 @pytest.mark.parametrize("added", ADDED)
-def test_tuning_leaves_the_product_as_it_was(added: str) -> None:
+def test_tuning_leaves_the_product_as_it_was(added: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a tuning that adds to `out`, is done twice, or keeps an algorithm that is wrong."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     a, b, out = normal(1024, 1088), normal(1024, 1088, seed=1).T, normal(1024, 1024, seed=2)
     c = of_kind(added, out)
     before = out.clone()
@@ -341,10 +343,13 @@ def test_tuning_leaves_the_product_as_it_was(added: str) -> None:
     expected = None if c is None else c.clone()
     product(a, b, c=c, out=out)
     assert_product(out, a, b, expected, twice=added == "out")
+    cublaslt._tuned.clear()
+    assert tune(a, b, c=c, out=out) == (), "it was kept"
 
 
-def test_a_form_that_comes_again_is_tuned_by_its_first_product() -> None:
+def test_a_form_that_comes_again_is_tuned_by_its_first_product(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches batches of every length that are each timed for some hundred products, and a timing in a recording."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for tokens, tuned in ((2048, True), (2049, False)):
         a, b = normal(tokens, 320), normal(96, 320, seed=1).T
         out, known = normal(tokens, 96), len(cublaslt._tuned)

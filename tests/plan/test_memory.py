@@ -76,7 +76,7 @@ def choose(budget: float, passes: list[int] | None = None, host: float = HOST) -
 def test_what_a_token_keeps_is_what_the_design_counts() -> None:
     """Catches a value that is left out of the count: 92, 36, 16, 8 KB a token and layer at 8B."""
     for policy, kilobytes in ((ALL, 92), (MOST, 36), (ATTENTION, 16), (INPUT, 8)):
-        assert memory.kept(SIZES, policy, 1024) / 1024 / 1024 == pytest.approx(kilobytes, abs=0.3)
+        assert memory.kept(SIZES, policy, 1024) / 1024 / 1024 == pytest.approx(kilobytes, abs=0.4)
 
 
 def test_gemma_s_extra_outputs_are_counted() -> None:
@@ -101,8 +101,7 @@ def test_a_plan_fits_its_budget_and_the_host(budget: float, host: float) -> None
         return
     assert plan.peak <= budget * GIB
     tiled = replace(SIZES, tile=plan.tile)
-    ready = plan.held * memory.dequantized(tiled)
-    assert plan.peak == memory.peak(tiled, STATIC, Counter(plan.policies), plan.tokens) + ready
+    assert plan.peak == memory.peak(tiled, STATIC, Counter(plan.policies), plan.tokens, plan.held)
     assert 0 <= plan.held <= SIZES.layers
     assert sum(memory.kept(SIZES, p, plan.tokens) for p in plan.policies if p.offload) <= host
     assert len(plan.policies) == SIZES.layers
@@ -256,6 +255,7 @@ def test_a_budget_that_the_head_fills_to_the_last_byte_is_enough() -> None:
     sizes = replace(SIZES_1B, layers=4, bits=16, tile=512)  # no copies of its weights
     needed = memory.peak(sizes, GIB, {ALL: 4}, 512)
     assert needed == GIB + 4 * memory.kept(sizes, ALL, 512) + memory.head_working(sizes, 512) + memory.LIBRARIES
+    needed += memory.room(sizes)
     plan = memory.choose(sizes, RECORDED, 1.000001 * needed / (1 - memory.SLACK), GIB, [512], 512, HOST)
     assert plan is not None
     assert set(plan.policies) == {ALL}
@@ -275,10 +275,10 @@ def test_the_choice_is_the_fastest_of_all_mixes_that_fit(budget: float) -> None:
             tiled = replace(sizes, tile=tile)
             for counts, _ in memory._mixes(12):
                 mix = dict(counts)
-                room = (1 - memory.SLACK) * budget * GIB - memory.peak(tiled, STATIC, mix, tokens)
-                if room < 0:
+                fitting = (1 - memory.SLACK) * budget * GIB
+                held = max((n for n in range(13) if memory.peak(tiled, STATIC, mix, tokens, n) <= fitting), default=-1)
+                if held < 0:
                     continue
-                held = min(12, int(room / memory.dequantized(tiled)))
                 time = memory.seconds(tiled, device, mix, tokens, 1024, held) / tokens
                 parks = any(policy.offload for policy in mix)
                 fastest[parks] = min(fastest[parks], time)
@@ -286,6 +286,14 @@ def test_the_choice_is_the_fastest_of_all_mixes_that_fit(budget: float) -> None:
     expected = fastest[False] if fastest[False] <= 1.01 * best else best
     assert plan is not None
     assert plan.seconds_a_token == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_base_in_16_bits_has_room_for_its_adapters_all_the_time() -> None:
+    """Catches room that is counted for a base that is dequantized beside them, or not at all: 0.3 GiB at 8B."""
+    dense = replace(SIZES, bits=16)
+    assert 0.25 * GIB < memory.room(dense) < 0.35 * GIB
+    assert memory.room(SIZES) == memory.room(replace(dense, rank=0)) == 0
+    assert memory.layer_working(SIZES, ALL, 4096) - memory.layer_working(dense, ALL, 4096) == memory.dequantized(SIZES)
 
 
 def test_an_embedding_leaves_the_device_where_its_room_is_worth_more_than_its_rows_way() -> None:
@@ -302,6 +310,14 @@ def test_an_embedding_leaves_the_device_where_its_room_is_worth_more_than_its_ro
     assert memory.leanest(sizes, STATIC, 2048).peak == memory.leanest(SIZES, STATIC, 2048).peak - sizes.embedding
     cramped = memory.choose(sizes, RECORDED, 6.77 * GIB, STATIC, [2048], 2048, 0.5 * GIB)
     assert cramped is None or not cramped.embedding_on_host, "no room on the host"
+
+
+def test_the_first_layer_that_stays_dequantized_is_nearly_free() -> None:
+    """The peak is in the topmost layer's backward, whose weights then need no room of their own beside it."""
+    peaks = [memory.peak(SIZES, STATIC, {ALL: 32}, 4096, n) for n in range(33)]
+    layer = memory.dequantized(SIZES)
+    assert peaks[1] - peaks[0] < 0.2 * layer
+    assert all(b - a == pytest.approx(layer, rel=0.2) for a, b in pairwise(peaks[1:-1]))
 
 
 def test_weights_stay_dequantized_where_there_is_room() -> None:

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from whet.kernels import _choices
 from whet.kernels.fp8 import E4M3, scaled_mm
 
 WORKSPACE = 32 << 20  # bytes on each device that has multiplied, for good: what NVIDIA advises for Hopper
@@ -356,15 +357,16 @@ def _with_torch(
 
 def tune(
     a: Tensor, b: Tensor, *, c: Tensor | None = None, out: Tensor, scale_a: Tensor | None = None,
-    scale_b: Tensor | None = None, accurate: bool = False, first: int = 8, rounds: int = 7,
+    scale_b: Tensor | None = None, accurate: bool = False, first: int = 8, rounds: int = 5,
 ) -> tuple[float, ...]:  # fmt: skip
-    """Time the heuristic's `first` algorithms; the fastest serves this form of product until the process ends.
+    """Time the heuristic's `first` algorithms; the fastest serves this form of product from then on.
 
-    The heuristic's own choice stays unless another is faster by more than `WORTH`: algorithms may sum in another order,
-    and a tie should not be settled anew in every run. Returns the median of each in microseconds, infinite where it
-    failed; of a form that was tuned, those of then; none where torch multiplies. Waits for the device. Where c is `out`
-    it takes room for another meanwhile, and leaves `out` as it is; else `out` is written. Of products below 50
-    microseconds it times the host. RuntimeError: in the recording of a CUDA graph.
+    Which one that was is kept in a file (kernels/_choices.py), for later processes with the same card and library: they
+    time nothing, and sum as this one does. The first choice stays unless another is faster by more than `WORTH`.
+    Returns the median of each in microseconds, infinite where it failed; of a form that was tuned here, those of then;
+    none where it was read, or where torch multiplies. Waits for the device. Where c is `out` it takes room for another
+    meanwhile, and leaves `out` as it is; else `out` is written. Of products below 50 microseconds it times the host.
+    RuntimeError: in the recording of a CUDA graph.
     """
     if not available(out.device, a.dtype) or not out.numel() or not a.shape[1]:
         return ()
@@ -374,15 +376,26 @@ def tune(
             raise RuntimeError("algorithms can't be timed while a CUDA graph is recorded: tune before")
         key, device = (out.device.index, call.problem), _device(out.device.index)
         if key not in _tuned:
-            if c is not None and call.c.data_ptr() == out.data_ptr():
-                scratch = torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device=out.device).zero_()
-                call = call._replace(out=scratch, c=scratch)
-            plan = _Plan(device, call.problem, first)
-            times = _times(device, plan, call, rounds)
-            best = times.index(min(times))
-            plan.choices = [plan.choices[best if times[best] < (1 - WORTH) * times[0] else 0]]
+            plan, kept = _Plan(device, call.problem, first), _choices.kept(_kind(device.index))
+            best = kept.get(str(call.problem))
+            times: tuple[float, ...] = ()
+            if best is None or best >= len(plan.choices):
+                if c is not None and call.c.data_ptr() == out.data_ptr():
+                    scratch = torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device=out.device).zero_()
+                    call = call._replace(out=scratch, c=scratch)
+                times = _times(device, plan, call, rounds)
+                fastest = times.index(min(times))
+                best = fastest if times[fastest] < (1 - WORTH) * times[0] else 0
+                _choices.keep(_kind(device.index), str(call.problem), best)
+            plan.choices = [plan.choices[best]]
             _tuned[key] = plan, times
     return _tuned[key][1]
+
+
+def _kind(index: int) -> str:
+    library = _library()
+    assert library is not None
+    return f"{torch.cuda.get_device_name(index)}, cuBLASLt {library.cublasLtGetVersion()}"
 
 
 def _times(device: _Device, plan: _Plan, call: Call, rounds: int) -> tuple[float, ...]:

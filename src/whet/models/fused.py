@@ -45,7 +45,8 @@ class Shared:
     policy: what each keeps for the backward pass, where `layers` does not say it layer by layer. tile: tokens that go
     through a weight at once. fp8: the base's products run in FP8. auto: whether a trainer may plan policy and tile,
     within `budget` bytes on the device. plan: the one it made, in words. held: so many layers keep their weights
-    dequantized from pass to pass, while it is `holding`. in_place: a trainer runs the pass, and will find gradients of
+    dequantized from pass to pass, while it is `holding`. room: meanwhile, a base that is not quantized lies where its
+    adapters can lie beside it. in_place: a trainer runs the pass, and will find gradients of
     weights in the weights' own `grad`, wherever they were made. gradient: the buffer in which the layer above has
     handed one down.
     """
@@ -60,6 +61,7 @@ class Shared:
     budget: float | None = None
     plan: str | None = None
     held: int = 0
+    room: bool = False
     holding: bool = False
     in_place: bool = False
     host: HostMemory | None = None
@@ -71,9 +73,8 @@ class Shared:
         return self.policy if self.layers is None else self.layers[layer]
 
     def holds(self, layer: int) -> bool:
-        """Those held lie as far apart as they go."""
-        layers = self.config.num_hidden_layers
-        return self.holding and (layer + 1) * self.held // layers > layer * self.held // layers
+        """The topmost: their backward comes when most is kept, and needs no room for dequantizing then."""
+        return self.holding and layer >= self.config.num_hidden_layers - self.held
 
     def tables(self, position_ids: Tensor, layer_type: str | None) -> tuple[Tensor, Tensor]:
         """cos and sin [P, d/2] in fp32 of the batch's positions, from the model's own rotary module."""
@@ -330,19 +331,36 @@ def shared_of(model: nn.Module) -> Shared | None:
 
 @contextmanager
 def weights_held(model: nn.Module) -> Iterator[None]:
-    """Meanwhile, as many layers as `Shared.held` says keep their weights dequantized. Nothing may change these."""
-    shared = shared_of(model)
+    """Meanwhile, weights lie as the plan says: those of `Shared.held` layers dequantized, or with `Shared.room`.
+
+    Nothing may change the values of weights that are held.
+    """
+    shared, readers = shared_of(model), [m._whet_reader for m in model.modules() if isinstance(m, FusedLayer)]
     if shared is None:
         yield
         return
     shared.holding = True
     try:
+        if shared.room:
+            for reader in readers:
+                reader.make_room()
+                _give_back_cached()
         yield
     finally:
         shared.holding = False
-        for module in model.modules():
-            if isinstance(module, FusedLayer) and isinstance(found := module._whet_reader.read(), Projections):
+        for reader in readers:
+            if isinstance(found := reader.read(), Projections):
                 found.let_go()
+            del found
+            if shared.room:
+                reader.leave_room()
+                _give_back_cached()
+
+
+def _give_back_cached() -> None:
+    """The next layer's weights need somewhat more than what these have left: torch would keep both."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def path_of(model: nn.Module) -> str:

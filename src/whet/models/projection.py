@@ -52,10 +52,13 @@ class Part:
 
 
 class Projection:
-    """Stacked parts: y [T, N] = x [T, K] W^T + b + s (x A^T) B^T."""
+    """Stacked parts: y [T, N] = x [T, K] W^T + b + s (x A^T) B^T.
 
-    def __init__(self, parts: tuple[Part, ...], columns: int):
-        self.parts, self.columns = parts, columns
+    room: [N + R, K + R] in which the parts' weights already lie as kernels/extend.py wants them, if they do.
+    """
+
+    def __init__(self, parts: tuple[Part, ...], columns: int, room: Tensor | None = None):
+        self.parts, self.columns, self.room = parts, columns, room
         self.rows = sum(part.rows for part in parts)
         self.adapted = tuple(part for part in parts if part.down is not None)
         self.rank = sum(part.down.shape[0] for part in self.adapted)
@@ -80,6 +83,9 @@ class Projection:
     def weights(self, dtype: torch.dtype, device: torch.device) -> Weights:
         """NF4, and weights of another dtype, in a new buffer with the adapters beside it; others as they lie."""
         rows, columns, margin = self.rows, self.columns, self.margin(device)
+        if self.room is not None and self.room.dtype == dtype and self.room.shape[0] == rows + margin:
+            self._extend(self.room)
+            return self.beside(self.room)
         if all(isinstance(w, Tensor) and w.dtype == dtype for w in self._stacked):
             if not margin and len(self._stacked) == 1:
                 return self.beside(self._stacked[0])  # type: ignore[arg-type]
@@ -95,9 +101,13 @@ class Projection:
                 place.copy_(weight)
             row += height
         if margin:
-            downs, ups = self._adapters(e)
-            extend(e, downs, ups, [part.scale for part in self.parts], rows, columns, self._bias(e))
+            self._extend(e)
         return self.beside(e)
+
+    def _extend(self, e: Tensor) -> None:
+        """Lay the adapters beside the weights in e."""
+        downs, ups = self._adapters(e)
+        extend(e, downs, ups, [part.scale for part in self.parts], self.rows, self.columns, self._bias(e))
 
     def borders(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         """s B [N, R], with the bias, and A [R, K]."""

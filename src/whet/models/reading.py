@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -26,14 +27,54 @@ class Reader:
     places: Sequence[tuple[nn.Module, str]]
     _stamp: tuple[Any, ...] | None = None
     _found: Projection | str = field(default="not read yet")
+    _room: Tensor | None = None
 
     def read(self) -> Projection | str:
         """The projection as the modules now stand, or in words why the block can't compute it."""
         modules = [parent._modules[name] for parent, name in self.places]
         stamp = tuple(map(_state, modules))
         if stamp != self._stamp:
-            self._stamp, self._found = stamp, _read_all(modules)
+            self._stamp, self._found = stamp, _read_all(modules, self._room)
         return self._found
+
+    def make_room(self) -> None:
+        """Move a frozen base that is not quantized to where its adapters can lie beside it (kernels/extend.py).
+
+        One product then applies both, as with a base that is dequantized there. The modules' parameters become views
+        whose rows are not adjacent: `leave_room` undoes that. Nothing happens where there is no adapter.
+        """
+        found = self.read()
+        if isinstance(found, str) or self._room is not None:
+            return
+        weights = [part.weight for part in found.parts]
+        margin = found.margin(weights[0].device) if isinstance(weights[0], Tensor) else 0
+        if not margin or not _movable(weights) or any(part.trained for part in found.parts):
+            return
+        first = weights[0]
+        assert isinstance(first, Tensor)
+        room = first.new_empty(found.rows + margin, found.columns + margin)
+        self._forget()
+        del found, weights, first  # what has moved must not be held here
+        for base, place in zip(self._bases(), _places_in(room, self._bases()), strict=True):
+            base.weight.data = place.copy_(base.weight.data)
+        self._room = room
+
+    def leave_room(self) -> None:
+        """Lay the weights together again."""
+        if self._room is None:
+            return
+        self._room = None
+        self._forget()
+        bases = self._bases()
+        for base, weight in zip(bases, _together([base.weight.data for base in bases]), strict=True):
+            base.weight.data = weight
+
+    def _bases(self) -> list[nn.Module]:
+        modules = [parent._modules[name] for parent, name in self.places]
+        return [m.base_layer if isinstance(m, LoraLayer) else m for m in modules]
+
+    def _forget(self) -> None:
+        self._stamp, self._found = None, "not read yet"
 
 
 @dataclass
@@ -42,6 +83,17 @@ class LayerReader:
 
     readers: dict[str, Reader]
     _found: Projections | None = None
+
+    def make_room(self) -> None:
+        """Of each reader. See there."""
+        self._found = None
+        for reader in self.readers.values():
+            reader.make_room()
+
+    def leave_room(self) -> None:
+        self._found = None
+        for reader in self.readers.values():
+            reader.leave_room()
 
     def read(self) -> Projections | str:
         read = []
@@ -79,15 +131,34 @@ def _state(module: Any) -> tuple[Any, ...]:
     )
 
 
-def _read_all(modules: Sequence[nn.Module]) -> Projection | str:
+def _movable(weights: Sequence[Any]) -> bool:
+    """Whether these are plain matrices of one dtype on one device."""
+    return all(type(w) is Tensor for w in weights) and len({(w.dtype, w.device) for w in weights}) == 1
+
+
+def _places_in(room: Tensor, modules: Sequence[nn.Module]) -> list[Tensor]:
+    """The rows of each module's weight, under each other at the upper left of `room`."""
+    ends = list(accumulate(m.out_features for m in modules))
+    columns = modules[0].in_features
+    return [room[end - m.out_features : end, :columns] for m, end in zip(modules, ends, strict=True)]
+
+
+def _read_all(modules: Sequence[nn.Module], room: Tensor | None = None) -> Projection | str:
     parts = []
     for module in modules:
         part = _read(module)
         if isinstance(part, str):
             return part
         parts.append(part)
-    first = modules[0]
-    return Projection(tuple(parts), (first.base_layer if isinstance(first, LoraLayer) else first).in_features)
+    bases = [m.base_layer if isinstance(m, LoraLayer) else m for m in modules]
+    if room is not None:  # somebody may have put other weights in the place of those that were moved there
+        places = _places_in(room, bases)
+        moved = all(
+            b.weight.data_ptr() == x.data_ptr() and b.weight.stride() == x.stride()
+            for b, x in zip(bases, places, strict=True)
+        )
+        room = room if moved else None
+    return Projection(tuple(parts), bases[0].in_features, room)
 
 
 def _read(module: nn.Module) -> Part | str:

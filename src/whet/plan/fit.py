@@ -148,6 +148,7 @@ def fit_to_memory(model: nn.Module, config: Any, budget: float | None, *, record
     rows = passes[chosen.tokens]
     config.per_device_train_batch_size, config.gradient_accumulation_steps = rows, a_step // rows
     shared.layers, shared.tile, shared.held = chosen.policies, chosen.tile, chosen.held
+    shared.room = True  # has no effect on a base that is quantized, or trains
     embedding = movable_embedding(model)
     if chosen.embedding_on_host and embedding is not None:
         move_to_host(embedding)

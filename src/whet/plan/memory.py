@@ -134,7 +134,8 @@ def kept(sizes: Sizes, policy: Policy, tokens: int) -> float:
     """What one layer keeps of a pass, its input included."""
     s, e = sizes.shape, sizes.element
     widths = {"m": s.width * (3 if s.spec.post_norms else 1), "o": sizes.q, "qkv": sizes.qkv, "gate_up": 2 * s.hidden}
-    a_token = e * (s.width + 2 * sizes.rank + sum(w for name, w in widths.items() if name in policy.keep))
+    tails = 2 + 3 * ("qkv" in policy.keep) + 2 * ("gate_up" in policy.keep)  # x A^T of so many linear layers
+    a_token = e * (s.width + tails * sizes.rank + sum(w for name, w in widths.items() if name in policy.keep))
     return tokens * (a_token + (4 * s.q_heads if "lse" in policy.keep else 0))
 
 
@@ -147,7 +148,8 @@ def _margin(sizes: Sizes, parts: int) -> int:
 def dequantized(sizes: Sizes) -> float:
     """A layer's four weights as a pass multiplies by them, the adapters beside them; of a base in 16 bits only these.
 
-    With FP8 compute the weights lie there twice, by rows and by columns, in half as many bits.
+    A base in 16 bits has room for them in its own memory all the time (`room`). With FP8 compute the weights lie there
+    twice, by rows and by columns, in half as many bits.
     """
     d, f, q, w = sizes.shape.width, sizes.shape.hidden, sizes.q, sizes.qkv
     in_qkv, in_o, in_gate_up, in_down = (_margin(sizes, parts) for parts in (3, 1, 2, 1))
@@ -171,7 +173,7 @@ def layer_working(sizes: Sizes, policy: Policy, tokens: int) -> float:
     if tokens > LONG:
         flow += tokens * e * d + 80 * 2**20
     again = kept(sizes, MOST, tokens) - kept(sizes, policy, tokens) if "qkv" not in policy.keep else 0
-    weights = dequantized(sizes)  # for a whole pass
+    weights = dequantized(sizes) if sizes.bits < 16 else 0.0  # for a whole pass
     gradients = 4 * sizes.adapter  # of the adapters, in fp32; those of weights are added where they are held
     # normed m, the gradient with its margin, gate and up, the gradient of the activation, it again, that of gate and up
     mlp = t * e * (d + in_gate_up + d + in_down + f + f + 2 * f + in_gate_up)
@@ -197,22 +199,26 @@ def head_working(sizes: Sizes, tokens: int) -> float:
     return tokens * row * (4 if sizes.trained_head else 3) + max(logits, min(tokens, HEAD_ROWS) * row)
 
 
-def peak(sizes: Sizes, static: float, policies: Mix, tokens: int) -> float:
+def peak(sizes: Sizes, static: float, policies: Mix, tokens: int, held: int = 0) -> float:
     """Bytes on the device at the highest: `static` (weights, adapters, optimizer) and a pass of `tokens`."""
-    return static + _pass_peak(sizes, spread(policies), tokens)
+    return static + _pass_peak(sizes, spread(policies), tokens, held)
 
 
-def _pass_peak(sizes: Sizes, policies: tuple[Policy, ...], tokens: int) -> float:
+def _pass_peak(sizes: Sizes, policies: tuple[Policy, ...], tokens: int, held: int = 0) -> float:
     """The highest of the stages of a pass, beside what lies there all the time.
+
+    The topmost layers, whose backward comes when most is kept, are those whose weights are held.
 
     A layer's backward has what it and the layers below keep on the device. Of those that wait in host memory, its own
     values are back, and those of the next one below on the way (or, below the topmost, not let go yet since the forward
     pass: `HostMemory` holds one layer until another comes). So the walk goes up, though the pass goes down.
     """
     each = {policy: (kept(sizes, policy, tokens), layer_working(sizes, policy, tokens)) for policy in set(policies)}
+    ready = held * dequantized(sizes)
     most = here = below = 0.0
-    for policy in policies:
+    for layer, policy in enumerate(policies):
         values, working = each[policy]
+        working -= dequantized(sizes) if layer >= len(policies) - held else 0
         if policy.offload:
             most = max(most, here + below + values + working)
             below = values
@@ -222,7 +228,15 @@ def _pass_peak(sizes: Sizes, policies: tuple[Policy, ...], tokens: int) -> float
     most = max(most, here + below + head_working(sizes, tokens))
     if sizes.trained and sizes.trained_head:  # the embedding's own gradient, and what it is made from, twice
         most = max(most, sizes.element * sizes.shape.width * (sizes.vocabulary + 2 * tokens))
-    return most + LIBRARIES
+    return ready + most + LIBRARIES
+
+
+def room(sizes: Sizes) -> float:
+    """What all layers of a frozen base in 16 bits take more than their weights, for adapters beside these."""
+    if sizes.bits < 16 or not sizes.rank:
+        return 0.0
+    corners = sum(_margin(sizes, parts) ** 2 for parts in (3, 1, 2, 1))
+    return sizes.layers * (dequantized(sizes) + sizes.element * corners)
 
 
 def dequantization_seconds(sizes: Sizes, device: Device) -> float:
@@ -322,10 +336,11 @@ def choose(
     passes: tokens that a pass may have. host: bytes of host memory that may be pinned. Where all else has its place,
     layers' weights stay dequantized. Host memory is used where that is `WORTH` it.
     """
-    plans = [_choose(sizes, device, budget, static, passes, length, room) for room in (0.0, host)]
+    static += room(sizes)
+    plans = [_choose(sizes, device, budget, static, passes, length, pinned) for pinned in (0.0, host)]
     if sizes.embedding and sizes.embedding <= host:
-        left, room = static - sizes.embedding, host - sizes.embedding
-        plans.append(_choose(sizes, device, budget, left, passes, length, room, embedding_on_host=True))
+        left, pinned = static - sizes.embedding, host - sizes.embedding
+        plans.append(_choose(sizes, device, budget, left, passes, length, pinned, embedding_on_host=True))
     found = [plan for plan in plans if plan is not None]
     if not found:
         return None
@@ -374,18 +389,20 @@ def _choose(
         needed = static + _pass_peak(tiled, policies, tokens)
         if needed > fitting:
             continue
-        kept_ready = held(fitting - needed)
-        time = _pass_seconds(tiled, device, policies, tokens, length, kept_ready) / tokens + row
+        count = held(fitting - needed)
+        while saving and count < sizes.layers and static + _pass_peak(tiled, policies, tokens, count + 1) <= fitting:
+            count += 1
+        time = _pass_seconds(tiled, device, policies, tokens, length, count) / tokens + row
         if best is None or time < best.seconds_a_token:
-            peak = needed + kept_ready * layer
-            best = Plan(tokens, tile, policies, peak, time, kept_ready, embedding_on_host)
+            needed = static + _pass_peak(tiled, policies, tokens, count)
+            best = Plan(tokens, tile, policies, needed, time, count, embedding_on_host)
     return best
 
 
 def leanest(sizes: Sizes, static: float, tokens: int) -> Plan:
     """The plan for passes of `tokens` that takes the least memory on the device."""
     lean = replace(sizes, tile=_tiles(sizes, tokens)[-1])
-    static -= sizes.embedding
+    static += room(sizes) - sizes.embedding
     mixes = [{replace(p, offload=True): sizes.layers} for p in (MOST, ATTENTION, INPUT)]
     needed, policies = min(((peak(lean, static, mix, tokens), spread(mix)) for mix in mixes), key=lambda x: x[0])
     return Plan(tokens, lean.tile, policies, needed, float("nan"), embedding_on_host=sizes.embedding > 0)

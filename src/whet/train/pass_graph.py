@@ -72,15 +72,14 @@ class Form:
         )
 
     def laid_out(self, batch: Batch) -> Batch:
-        """`batch` in this form: copies of its tensors, filled up with empty documents and rows without a label."""
+        """`batch` in this form: filled up with empty documents and rows without a label."""
         labels, bounds = batch["label_rows"], batch["cu_seq_lens_q"]
         spare = self.label_rows - labels.shape[1]
         wide = torch.cat([labels, labels.new_full((2, spare), IGNORED)], dim=1)
         wide[0, labels.shape[1] :] = self.tokens - 1
         cu = torch.cat([bounds, bounds.new_full((self.documents + 1 - bounds.numel(),), self.tokens)])
-        found = {name: x.clone() if isinstance(x, Tensor) else x for name, x in batch.items()}
         return {
-            **found,
+            **batch,
             "label_rows": wide,
             "cu_seq_lens_q": cu,
             "cu_seq_lens_k": cu,
@@ -125,16 +124,17 @@ class PassGraph:
             self.drop()
             self._form, self._settings = Form.of(batch), settings
         self._passes += 1
-        if self.graph is None and (not self.allowed or self._passes < self._patience or not self._record(batch)):
+        if self.graph is not None:
+            for name, x in self._form.laid_out(batch).items():
+                if isinstance(x, Tensor):
+                    self._batch[name].copy_(x)
+            self._bind()
+        elif not self.allowed or self._passes < self._patience or not self._record(batch):
             self._gradients = []  # else they stay beside the new ones
             found = self.step(batch)
             pairs = [(p, p.grad) for p in self._parameters if p.grad is not None]
             self._trained, self._gradients = [p for p, _ in pairs], [gradient for _, gradient in pairs]
             return found
-        for name, x in self._form.laid_out(batch).items():
-            if isinstance(x, Tensor):
-                self._batch[name].copy_(x)
-        self._bind()
         assert self.graph is not None
         self.graph.replay()
         return {name: x.clone() for name, x in self._found.items()}
@@ -168,7 +168,8 @@ class PassGraph:
         """Record the step on a batch of this form. What it would have computed has not happened yet."""
         assert self._form is not None
         assert self.shared is not None
-        self._batch = self._form.laid_out(batch)
+        laid_out = self._form.laid_out(batch)
+        self._batch = {name: x.clone() if isinstance(x, Tensor) else x for name, x in laid_out.items()}
         self._bind()  # to those that the last pass has made: they lie as the block wants them
         # A recording that fails leaves the generator it used unusable: give it one of the same state.
         generator = torch.cuda.default_generators[batch["input_ids"].device.index]
