@@ -38,6 +38,7 @@ HELPERS = {
     "kernel_takes",
     "lay_out",
     "matrix",
+    "multiply",
     "new_buffer",
     "shuffles",
     "stack",

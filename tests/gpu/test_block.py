@@ -162,6 +162,28 @@ def test_weights_that_stay_dequantized_change_nothing(tmp_path: Path, fp8: bool)
         torch.testing.assert_close(held[name], got, rtol=0, atol=0, msg=name)
 
 
+def test_a_base_in_16_bits_beside_its_adapters(tmp_path: Path) -> None:
+    """Catches a product whose rows are read at another stride, and a second copy of the weights."""
+    model = harness.whet_model(checkpoint(tmp_path, "llama"), "llama", "bf16")
+    harness.randomise_adapter(model)
+    shared = fused.shared_of(model)
+    assert shared is not None
+    batch = batches()[0]
+    expected = gradients(model, batch)
+    before = torch.cuda.memory_allocated()
+    shared.room = True
+    with fused.weights_held(model):
+        model.zero_grad()
+        margins = torch.cuda.memory_allocated() - before
+        for name, got in gradients(model, batch).items():
+            assert harness.relative(got, expected[name]) < 0.02, name
+    sizes = sizes_of(model)
+    assert sizes is not None
+    assert margins < 1.1 * memory.room(sizes) + 2**20
+    model.zero_grad()
+    assert torch.cuda.memory_allocated() < before + 2**20
+
+
 def test_a_pass_that_is_let_go_leaves_the_next_one_right(tmp_path: Path) -> None:
     """Catches host memory of a forward pass without a backward that is still counted on, or lost."""
     model = harness.whet_model(checkpoint(tmp_path, "llama"), "llama", "nf4")

@@ -211,28 +211,26 @@ def test_products_against_fp64(tokens: int, rows: int, columns: int, transposed:
 
 
 def test_sums_of_one_sign() -> None:
-    """Catches accurate sums that are none: where all products are positive, what tensor cores cut off adds up.
+    """Where all products are positive, what tensor cores cut off adds up: 21% on an H100.
 
-    The fast sums' loss is known (21% on an H100). Held to, as nobody should rely on them for such data unawares.
+    Catches sums that lose more. Held to, as nobody should rely on them for such data unawares.
     """
     x8, x_scale = quantize_rows(normal(256, 14336).abs())
     w8, w_scale = quantize_rows(normal(512, 14336, seed=1).abs())
     exact = (x8.double() * x_scale) @ (w8.double() * w_scale).T
-    assert relative(scaled_mm(x8, x_scale, w8, w_scale.reshape(-1), accurate=True), exact) < 0.02
     fast = scaled_mm(x8, x_scale, w8, w_scale.reshape(-1))
     assert relative(fast, exact) < 0.25
     assert fast.double().sum() < exact.sum()
 
 
-@pytest.mark.parametrize("accurate", [False, True])
-def test_sums_of_both_signs_lose_less_than_rounding_the_operands(accurate: bool) -> None:
+def test_sums_of_both_signs_lose_less_than_rounding_the_operands() -> None:
     """Catches sums on tensor cores so short that training would notice: 13 bits make 1.01 here, 12 bits 1.03."""
     x, w = normal(256, 14336), normal(512, 14336, seed=1)
     x8, x_scale = quantize_rows(x)
     w8, w_scale = quantize_rows(w)
     exact = x.double() @ w.double().T
     rounded = (x8.double() * x_scale) @ (w8.double() * w_scale).T
-    y = scaled_mm(x8, x_scale, w8, w_scale.reshape(-1), accurate=accurate)
+    y = scaled_mm(x8, x_scale, w8, w_scale.reshape(-1))
     assert relative(y, exact) < 1.05 * relative(rounded, exact)
 
 

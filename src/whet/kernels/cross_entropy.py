@@ -32,6 +32,7 @@ import torch
 
 from whet.kernels._precision import wide_dtype
 from whet.kernels._triton import fused, jit, tl, triton
+from whet.kernels.cublaslt import multiply
 
 CHUNK_BYTES = 256 << 20  # 1,024 rows of 128,256: 128 tiles for the product with W, one for nearly each core of an H100
 ROWS = 128  # chunks are multiples of it, which GEMM tiles divide
@@ -353,7 +354,7 @@ def linear_log_probs(
             part = slice(i, min(i + rows, N))
             logits_nV = buffer[: part.stop - i, :V]
             if bias is None:
-                torch.mm(h_ND[part], weight_VD.T, out=logits_nV)
+                multiply(h_ND[part], weight_VD.T, logits_nV)
             else:
                 torch.addmm(bias.to(h_ND.dtype), h_ND[part], weight_VD.T, out=logits_nV)
             statistics = LogProbs(
@@ -365,7 +366,7 @@ def linear_log_probs(
             )
             fold(logits_nV, labels_N[part], statistics, softcap=softcap, scale=scale, need_grad=need_grad)
             if result.dh_ND is not None:
-                torch.mm(logits_nV, weight_VD, out=result.dh_ND[part])
+                multiply(logits_nV, weight_VD, result.dh_ND[part])
     return result
 
 

@@ -29,6 +29,7 @@ from whet.kernels import _choices
 from whet.kernels.fp8 import E4M3, scaled_mm
 
 WORKSPACE = 32 << 20  # bytes on each device that has multiplied, for good: what NVIDIA advises for Hopper
+LARGE = 1024  # rows of the left operand, below which launching costs the host more than the GPU
 WORTH = 0.015  # of a product's time, for which another algorithm than the heuristic's first is taken
 PLANS = 4096  # that are kept: batches of documents come in many lengths
 TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14, E4M3: 28}  # CUDA_R_32F, 16F, 16BF, 8F_E4M3
@@ -73,13 +74,12 @@ class Matrix(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """All that an algorithm is chosen by. fast: E4M3's sums stay on tensor cores, as kernels/fp8.py's `scaled_mm`."""
+    """All that an algorithm is chosen by."""
 
     left: Matrix
     right: Matrix
     c: Matrix
     out: Matrix
-    fast: bool
     beta: float  # 0 or 1
 
 
@@ -109,7 +109,7 @@ def matrix(x: Tensor, name: str) -> Matrix:
 
 def arrange(
     a: Tensor, b: Tensor, c: Tensor | None, out: Tensor, scale_a: Tensor | None = None, scale_b: Tensor | None = None,
-    alpha: float = 1.0, accurate: bool = False,
+    alpha: float = 1.0,
 ) -> Call:  # fmt: skip
     """The call that gives `product`. Needs no GPU. ValueError: cuBLASLt does not multiply these."""
     _check_shapes(a, b, c, out)
@@ -130,8 +130,7 @@ def arrange(
         _check_e4m3(form, scale_a, scale_b)
     elif scale_a is not None or scale_b is not None:
         raise ValueError(f"scales are for {E4M3}; the operands are {a.dtype}")
-    fast = a.dtype == E4M3 and not accurate
-    problem = Problem(form["b"], form["a"], added_form, form["out"], fast, float(c is not None))
+    problem = Problem(form["b"], form["a"], added_form, form["out"], float(c is not None))
     return Call(problem, b, a, scale_b, scale_a, alpha, added, out)
 
 
@@ -245,7 +244,7 @@ class _Plan:
         self.describe(TRANSPOSE_A, ctypes.c_int32(left.transposed))
         self.describe(TRANSPOSE_B, ctypes.c_int32(right.transposed))
         if left.dtype == E4M3:
-            self.describe(FAST_ACCUMULATION, ctypes.c_int8(problem.fast))
+            self.describe(FAST_ACCUMULATION, ctypes.c_int8(1))
             for mode, pointer in ((SCALE_MODE_A, SCALE_A), (SCALE_MODE_B, SCALE_B)):
                 self.describe(mode, ctypes.c_int32(OUTER_VECTOR))
                 self.describe(pointer, POINTER(device.workspace.data_ptr()))  # each call sets its own
@@ -304,30 +303,42 @@ def available(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> bool
 
 def product(
     a: Tensor, b: Tensor, *, c: Tensor | None = None, out: Tensor, scale_a: Tensor | None = None,
-    scale_b: Tensor | None = None, alpha: float = 1.0, accurate: bool = False, tuned: bool = False,
+    scale_b: Tensor | None = None, alpha: float = 1.0, tuned: bool = False,
 ) -> Tensor:  # fmt: skip
     """out = alpha a @ b (+ c): one launch of cuBLASLt where it is `available`; elsewhere what torch offers.
 
     16-bit operands give their own dtype or fp32, each of them by rows or by columns, with any stride between. E4M3
     ones, a by rows and b by columns, come with fp32 scales of a's rows and b's columns, and give 16 bits or fp32;
-    accurate: as kernels/fp8.py's `scaled_mm`. c has the dtype of `out`, both by rows; it is `out`, or apart from it.
+    c has the dtype of `out`, both by rows; it is `out`, or apart from it.
     In 16 bits a c that is `out` may be added to a product that was rounded before. tuned: `tune` this form the first
     time, where that may be and M is a power of 2, as lengths that come again are.
     ValueError: shapes, dtypes, strides or alignment. RuntimeError: cuBLASLt refuses; it gives the status.
     """
     if not available(out.device, a.dtype):
-        return _with_torch(a, b, c, out, scale_a, scale_b, alpha, accurate)
-    call = arrange(a, b, c, out, scale_a, scale_b, alpha, accurate)
+        return _with_torch(a, b, c, out, scale_a, scale_b, alpha)
+    call = arrange(a, b, c, out, scale_a, scale_b, alpha)
     if not out.numel() or not a.shape[1]:
         return out.zero_() if c is None else out.copy_(c)
     with torch.cuda.device(out.device):
         found = _tuned.get((out.device.index, call.problem))
         if found is None and tuned and _may_tune(call):
-            tune(a, b, c=c, out=out, scale_a=scale_a, scale_b=scale_b, accurate=accurate)
+            tune(a, b, c=c, out=out, scale_a=scale_a, scale_b=scale_b)
             found = _tuned[out.device.index, call.problem]
         plan = found[0] if found else _plan(out.device.index, call.problem)
         plan.run(_device(out.device.index), call, plan.choices[0])
     return out
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor | None = None, c: Tensor | None = None) -> Tensor:
+    """a @ b (+ c) in 16 bits, into `out` or a new tensor; where it is large, by the fastest algorithm there is.
+
+    Below `LARGE` rows, and on a CPU, torch multiplies.
+    """
+    if not a.is_cuda or a.shape[0] < LARGE:
+        return torch.mm(a, b, out=out) if c is None else torch.addmm(c, a, b, out=out)
+    if out is None:
+        out = a.new_empty(a.shape[0], b.shape[1])
+    return product(a, b, c=c, out=out, tuned=True)
 
 
 def _may_tune(call: Call) -> bool:
@@ -338,14 +349,14 @@ def _may_tune(call: Call) -> bool:
 
 def _with_torch(
     a: Tensor, b: Tensor, c: Tensor | None, out: Tensor, scale_a: Tensor | None, scale_b: Tensor | None,
-    alpha: float, accurate: bool,
+    alpha: float,
 ) -> Tensor:  # fmt: skip
     """Any dtype, any device. Where `out` has another dtype than the operands, it is rounded before c is added."""
     _check_shapes(a, b, c, out)
     if a.dtype == out.dtype and c is not None:
         return torch.addmm(c, a, b, alpha=alpha, out=out)
     if scale_a is not None and scale_b is not None:
-        y = scaled_mm(a, scale_a.reshape(-1, 1), b.T, scale_b, out.dtype, accurate=accurate)
+        y = scaled_mm(a, scale_a.reshape(-1, 1), b.T, scale_b, out.dtype)
     elif a.dtype == out.dtype:
         y = torch.mm(a, b, out=out)
     else:
@@ -357,7 +368,7 @@ def _with_torch(
 
 def tune(
     a: Tensor, b: Tensor, *, c: Tensor | None = None, out: Tensor, scale_a: Tensor | None = None,
-    scale_b: Tensor | None = None, accurate: bool = False, first: int = 8, rounds: int = 5,
+    scale_b: Tensor | None = None, first: int = 8, rounds: int = 5,
 ) -> tuple[float, ...]:  # fmt: skip
     """Time the heuristic's `first` algorithms; the fastest serves this form of product from then on.
 
@@ -370,7 +381,7 @@ def tune(
     """
     if not available(out.device, a.dtype) or not out.numel() or not a.shape[1]:
         return ()
-    call = arrange(a, b, c, out, scale_a, scale_b, accurate=accurate)
+    call = arrange(a, b, c, out, scale_a, scale_b)
     with torch.cuda.device(out.device):
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError("algorithms can't be timed while a CUDA graph is recorded: tune before")

@@ -21,8 +21,6 @@ from whet.kernels._precision import wide_dtype
 from whet.kernels.fp8 import dequantize_nf4_fp8, quantize_rows
 from whet.kernels.nf4 import NF4Weight
 
-LARGE = 1024  # rows of the left operand, below which launching costs the host more than the GPU
-
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, summed and returned in fp32 whatever the inputs are held in."""
@@ -65,15 +63,6 @@ class Weights(Protocol):
     def back_product(self, dye: Tensor, out: Tensor | None = None) -> Tensor: ...
 
 
-def multiply(a: Tensor, b: Tensor, out: Tensor | None, c: Tensor | None = None) -> Tensor:
-    """a @ b (+ c) in the dtype of a. Large products take the best algorithm that cuBLASLt has for them."""
-    if not a.is_cuda or a.shape[0] < LARGE:
-        return torch.mm(a, b, out=out) if c is None else torch.addmm(c, a, b, out=out)
-    if out is None:
-        out = a.new_empty(a.shape[0], b.shape[1])
-    return cublaslt.product(a, b, c=c, out=out, tuned=True)
-
-
 class BesideWeights:
     """[N + R, K + R] as kernels/extend.py lays it out: one product gives base and adapters."""
 
@@ -83,13 +72,13 @@ class BesideWeights:
         self.width_out, self.width_in = e.shape
 
     def product(self, xe: Tensor, out: Tensor | None = None) -> Tensor:
-        return multiply(xe, self._forward, out)
+        return cublaslt.multiply(xe, self._forward, out)
 
     def add_product(self, residual: Tensor, xe: Tensor, out: Tensor) -> None:
-        multiply(xe, self._forward, out, residual)
+        cublaslt.multiply(xe, self._forward, out, residual)
 
     def back_product(self, dye: Tensor, out: Tensor | None = None) -> Tensor:
-        return multiply(dye, self._back, out)
+        return cublaslt.multiply(dye, self._back, out)
 
 
 class ApartWeights:
@@ -183,6 +172,6 @@ class Fp8Weights:
         if out is None:
             out = xe.new_empty(xe.shape[0], base.shape[0])
         if tail.shape[1]:
-            residual = multiply(tail, small, out, residual)
+            residual = cublaslt.multiply(tail, small, out, residual)
         x8, x_scales = quantize_rows(x)
         return cublaslt.product(x8, base.T, c=residual, out=out, scale_a=x_scales, scale_b=scales)
