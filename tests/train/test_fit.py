@@ -72,6 +72,7 @@ def test_the_handler_of_ctrl_c_is_put_back(recipe: Recipe, tmp_path: Path) -> No
 
 def test_the_second_ctrl_c_ends_at_once() -> None:
     """Catches a user who can't get out of a step that hangs."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
     stop = OrderlyStop()
     control = SimpleNamespace(should_save=False, should_training_stop=False)
     stop.on_train_begin()
@@ -84,6 +85,7 @@ def test_the_second_ctrl_c_ends_at_once() -> None:
             signal.raise_signal(signal.SIGINT)
     finally:
         stop.on_train_end()
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(("steps", "lines"), [(3, 3), (20, 10), (25, 13)])
