@@ -368,7 +368,7 @@ def _with_torch(
 
 def tune(
     a: Tensor, b: Tensor, *, c: Tensor | None = None, out: Tensor, scale_a: Tensor | None = None,
-    scale_b: Tensor | None = None, first: int = 8, rounds: int = 5,
+    scale_b: Tensor | None = None, first: int = 16, rounds: int = 5,
 ) -> tuple[float, ...]:  # fmt: skip
     """Time the heuristic's `first` algorithms; the fastest serves this form of product from then on.
 
