@@ -43,6 +43,7 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from environment import ROOT, origin
+from in_block import NotFused, check, counted
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -85,10 +86,6 @@ class Size:
         if self.hidden % 64 or self.intermediate % 64 or self.heads * self.head_dim % 64:
             # bitsandbytes 0.50 dequantizes others wrongly on a CPU, by a quarter of the weight's norm
             raise ValueError("hidden, intermediate and heads x head_dim must be multiples of 64, a block of NF4")
-
-
-class NotFused(RuntimeError):
-    """A layer ran as transformers wrote it, so what was measured is not the fused block."""
 
 
 class NotExact(RuntimeError):
@@ -379,27 +376,19 @@ class Errors:
 def fused_only(model: PeftModel, passes: int) -> Iterator[Counter[str]]:
     """Gives a count of the attention kernels used within. Raises NotFused unless each layer was fused in each pass."""
     used: Counter[str] = Counter()
-    layers: list[int] = []
-    run, backend = fused.run, kernels._backend
-
-    def counted_run(*args: Any) -> Tensor:
-        layers.append(1)
-        return run(*args)
+    backend = kernels._backend
 
     def counted_backend(*args: Any) -> str:
         used[backend(*args)] += 1
         return backend(*args)
 
-    fused.run, kernels._backend = counted_run, counted_backend
+    kernels._backend = counted_backend
     try:
-        yield used
+        with counted() as ran:
+            yield used
     finally:
-        fused.run, kernels._backend = run, backend
-    expected = passes * model.config.get_text_config().num_hidden_layers
-    if len(layers) != expected:
-        shared = fused.shared_of(model)
-        why = "; ".join(sorted(shared.said)) if shared is not None else "no layer is a fused one"
-        raise NotFused(f"{len(layers)} of {expected} layer passes ran in the fused block ({why or 'no reason given'})")
+        kernels._backend = backend
+    check(ran, model, passes)
 
 
 # ------------------------------------------------------------ what is shown and written

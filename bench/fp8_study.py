@@ -31,7 +31,6 @@ import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -43,6 +42,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 import numpy as np
 import torch
 from environment import ROOT, origin
+from in_block import NotFused, check, counted
 from torch import Tensor
 
 RESULTS = ROOT / "bench" / "results" / "fp8.jsonl"
@@ -193,10 +193,6 @@ def headers(tokenizer: Any, args: argparse.Namespace) -> Headers:
 # ------------------------------------------------------------ the model
 
 
-class NotFused(RuntimeError):
-    """A layer ran in another way than the one that was to be measured."""
-
-
 def token_loss(model: Any, ids: Tensor) -> Tensor:
     """The mean loss of rows [B, S] in nats a token, differentiable, through whet's head."""
     from whet.models.head import LinearLogProbs
@@ -222,47 +218,6 @@ def load(folder: Path, args: argparse.Namespace, rows: int, **options: Any) -> A
         raise NotFused("no layer of this model is a fused one")
     shared.tile = rows * args.seq
     return model.train()
-
-
-@dataclass
-class Passes:
-    """Of layers, in the fused block: all, and those in FP8."""
-
-    fused: int = 0
-    fp8: int = 0
-
-
-@contextmanager
-def counted() -> Iterator[Passes]:
-    """Counts the forward passes of layers through the fused block."""
-    from whet.models import fused
-
-    passes, run = Passes(), fused.run
-
-    def counted_run(block: Any, *args: Any) -> Tensor:
-        passes.fused += 1
-        passes.fp8 += block.fp8
-        return run(block, *args)
-
-    fused.run = counted_run
-    try:
-        yield passes
-    finally:
-        fused.run = run
-
-
-def check(passes: Passes, model: Any, forwards: int, fp8: bool) -> None:
-    """Raises NotFused unless every layer ran in the block in each of `forwards` passes, in FP8 or not as `fp8` says."""
-    from whet.models import fused
-
-    expected = forwards * model.config.num_hidden_layers
-    if (passes.fused, passes.fp8) != (expected, expected if fp8 else 0):
-        shared = fused.shared_of(model)
-        why = "; ".join(sorted(shared.said)) if shared is not None and shared.said else "no reason given"
-        raise NotFused(
-            f"of {expected} layer passes {passes.fused} ran in the fused block, {passes.fp8} in FP8 ({why}); "
-            f"FP8 was {'' if fp8 else 'not '}asked for"
-        )
 
 
 # ------------------------------------------------------------ training
@@ -363,7 +318,7 @@ def run_pretraining(model: Any, rows: Tensor, args: argparse.Namespace, device: 
             progress = step / args.pretrain_steps if args.pretrain_steps else seconds / args.pretrain_seconds
             if step % EVERY == 0 or progress >= 1:  # reading the loss also keeps the host from running ahead
                 say(f"pretrain: step {step}, {seconds:.1f} s, loss {loss.item():.3f}")
-    check(passes, model, step, fp8=False)
+    check(passes, model, step)
     wait(device)
     last = torch.stack(recent).mean().item()
     if not math.isfinite(last):
@@ -423,7 +378,7 @@ def heldout_loss(model: Any, rows: Tensor, args: argparse.Namespace, *, fp8: boo
                 total += token_loss(model, batch).double() * len(batch)
     finally:
         shared.fp8 = before
-    check(passes, model, len(batches), fp8)
+    check(passes, model, len(batches), fp8=fp8)
     return float(total) / len(rows)
 
 
@@ -442,7 +397,7 @@ def tune(model: Any, batches: Tensor, args: argparse.Namespace, *, fp8: bool) ->
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.detach())
-    check(passes, model, len(batches), fp8)
+    check(passes, model, len(batches), fp8=fp8)
     return [round(x, 5) for x in torch.stack(losses).tolist()]
 
 

@@ -276,9 +276,11 @@ def test_the_choice_is_the_fastest_of_all_mixes_that_fit(budget: float) -> None:
             for counts, _ in memory._mixes(12):
                 mix = dict(counts)
                 fitting = (1 - memory.SLACK) * budget * GIB
-                held = max((n for n in range(13) if memory.peak(tiled, STATIC, mix, tokens, n) <= fitting), default=-1)
-                if held < 0:
+                left = fitting - memory.peak(tiled, STATIC, mix, tokens)
+                if left < 0:
                     continue
+                held = min(12, int(left / memory.dequantized(tiled)))
+                held += held < 12 and memory.peak(tiled, STATIC, mix, tokens, held + 1) <= fitting
                 time = memory.seconds(tiled, device, mix, tokens, 1024, held) / tokens
                 parks = any(policy.offload for policy in mix)
                 fastest[parks] = min(fastest[parks], time)
