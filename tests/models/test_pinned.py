@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from whet.errors import WhetError
 from whet.models import pinned as module
-from whet.models.pinned import ALIGN, _Bytes, cut, mapped, pinned, room
+from whet.models.pinned import ALIGN, _Bytes, cut, mapped, pinned, room, spare
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel")
 
@@ -153,6 +153,18 @@ def test_memory_is_used_again_once_the_last_tensor_over_it_is_gone(size: int) ->
     assert {x.data_ptr() for x in held} == set(lock.asked)
     assert len(lock.asked) == 2
     assert held[0].shape == (size,)
+
+
+def test_what_nobody_has_is_counted() -> None:
+    """Catches a plan that thinks less host memory can be had than there is, after an earlier training."""
+    lock, before = Noted(), spare()
+    block = pinned(3 * mmap.PAGESIZE, lock)
+    assert spare() == before
+    del block
+    assert spare() == before + 3 * mmap.PAGESIZE
+    taken = pinned(2 * mmap.PAGESIZE, lock)
+    assert spare() == before
+    assert len(taken) == 2 * mmap.PAGESIZE
 
 
 def test_the_last_tensor_may_go_in_another_thread_or_in_a_cycle() -> None:

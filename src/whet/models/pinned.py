@@ -84,9 +84,12 @@ class _Locked:
     holder: ref[memoryview]  # which all tensors over it keep
     process: int = field(default_factory=os.getpid)  # another's is not mapped here
 
+    @property
+    def free(self) -> bool:
+        return self.holder() is None and self.process == os.getpid()
+
     def serves(self, length: int, by: Lock) -> bool:
-        free = self.holder() is None and self.process == os.getpid()
-        return free and length <= len(self.mapping) <= LARGEST * length and self.by == by
+        return self.free and length <= len(self.mapping) <= LARGEST * length and self.by == by
 
 
 _locked: list[_Locked] = []
@@ -116,6 +119,11 @@ def pinned(size: int, by: Lock) -> Tensor:
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(mapping))
     _locked.append(_Locked(by, mapping, holder))
     return block[:size]
+
+
+def spare() -> int:
+    """Bytes that stay locked and that nobody has: what the system counts as used, and the next who asks may have."""
+    return sum(len(x.mapping) for x in _locked if x.free)
 
 
 def _spare(length: int, by: Lock) -> Tensor | None:

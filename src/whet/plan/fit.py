@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from whet.errors import WhetError
-from whet.models import activations
+from whet.models import activations, pinned
 from whet.models.activations import Policy
 from whet.models.embedding import bytes_of, movable_embedding, move_to_host
 from whet.models.fused import FusedLayer, shared_of
@@ -112,7 +112,7 @@ def plan(
     static = static_bytes(model, optimizer)
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     within = min(budget, free) if budget is not None else free
-    host = 0.6 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    host = 0.6 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") + pinned.spare()
     device = device_rates(torch.device("cuda"))
     if recorded:
         device = replace(device, launch=0.0)
