@@ -16,7 +16,10 @@ NAME = "cublaslt.json"
 
 def kept(kind: str) -> dict[str, int]:
     """Of a kind of card and library: for each problem, the number of its algorithm in the heuristic's order."""
-    found = _read().get(kind)
+    return _sound(_read().get(kind))
+
+
+def _sound(found: Any) -> dict[str, int]:
     if not isinstance(found, dict):
         return {}
     return {problem: n for problem, n in found.items() if type(n) is int and n >= 0}
@@ -25,7 +28,7 @@ def kept(kind: str) -> dict[str, int]:
 def keep(kind: str, problem: str, number: int) -> None:
     """Add one to the file. What can't be written is timed again by the next process, and the log says why."""
     kinds = _read()
-    kinds[kind] = kept(kind) | {problem: number}
+    kinds[kind] = _sound(kinds.get(kind)) | {problem: number}
     try:
         place = path()
         place.parent.mkdir(parents=True, exist_ok=True)

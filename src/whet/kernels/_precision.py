@@ -1,4 +1,4 @@
-"""What the references compute in: fp32, or fp64 where they are given that."""
+"""What the references compute in, fp32, or fp64 where they are given that; and a tensor in words."""
 
 from __future__ import annotations
 
@@ -12,3 +12,8 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def wide(x: Tensor) -> Tensor:
     return x.to(wide_dtype(x.dtype))
+
+
+def form(x: Tensor) -> str:
+    """A tensor's dtype, shape, strides and device, for errors."""
+    return f"{x.dtype} {list(x.shape)} with strides {list(x.stride())} on {x.device}"

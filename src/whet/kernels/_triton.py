@@ -14,7 +14,7 @@ try:
 except ImportError:  # torch brings triton along on Linux with CUDA, and nowhere else
     triton = tl = None
 
-__all__ = ["HAVE_TRITON", "fused", "jit", "tl", "triton"]
+__all__ = ["HAVE_TRITON", "fused", "jit", "jit_for_any", "tl", "triton"]
 
 HAVE_TRITON = triton is not None
 
@@ -22,6 +22,11 @@ HAVE_TRITON = triton is not None
 def jit(function: Callable[..., Any]) -> Any:
     """`triton.jit`, or the function as it is."""
     return triton.jit(function) if HAVE_TRITON else function
+
+
+def jit_for_any(*names: str) -> Callable[[Callable[..., Any]], Any]:
+    """`jit`, for arguments that differ at every call: a kernel compiled anew for each 1 and multiple of 16 is slow."""
+    return lambda function: triton.jit(function, do_not_specialize=names) if HAVE_TRITON else function
 
 
 def fused(x: Tensor) -> bool:

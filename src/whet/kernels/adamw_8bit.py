@@ -27,14 +27,15 @@ Shapes: a parameter, its gradient and moments each N values that lie in one piec
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from whet.kernels._triton import HAVE_TRITON, fused, jit, tl, triton
+from whet.kernels._precision import form
+from whet.kernels._triton import fused, jit, jit_for_any, tl
 from whet.kernels.stochastic_round import (
     BLOCK,
     kernel_keys,
@@ -235,12 +236,7 @@ def _write_moment(
         tl.store(moments + at + HALF, high, mask=at + HALF < n)
 
 
-def _jit_for_any_number(function: Callable[..., Any]) -> Any:
-    """The keys differ at every step: a kernel compiled anew for each that is 1 or a multiple of 16 would hold it up."""
-    return triton.jit(function, do_not_specialize=["k0", "k1"]) if HAVE_TRITON else function
-
-
-@_jit_for_any_number
+@jit_for_any("k0", "k1")
 def _adamw_kernel(
     table, owners, like, numbers1, middles1, cells1, zero1, numbers2, middles2, cells2, zero2,
     beta1, rest1, beta2, rest2, keep, size, eps, k0, k1,
@@ -382,7 +378,7 @@ def _check(entries: Sequence[Entry], maps: tuple[CodeMap, CodeMap] | None) -> No
     for i, entry in enumerate(entries):
         weight, first = entry.weight, entries[0].weight
         if weight.dtype not in DTYPES or weight.dtype != first.dtype or weight.device != first.device:
-            raise ValueError(f"weight {i} is {_form(weight)}; it must be like the first, {_form(first)}, in {DTYPES}")
+            raise ValueError(f"weight {i} is {form(weight)}; it must be like the first, {form(first)}, in {DTYPES}")
         moment = torch.float32 if maps is None else torch.uint8
         values, blocks = weight.numel(), -(-weight.numel() // BLOCK)
         wanted = {"weight": (weight.dtype, values), "grad": (weight.dtype, values)}
@@ -392,13 +388,9 @@ def _check(entries: Sequence[Entry], maps: tuple[CodeMap, CodeMap] | None) -> No
         for name, (dtype, count) in wanted.items():
             x = getattr(entry, name)
             if x is None or x.dtype != dtype or x.numel() != count or x.device != weight.device:
-                found = "missing" if x is None else _form(x)
+                found = "missing" if x is None else form(x)
                 raise ValueError(f"{name} {i} is {found}; it must be {dtype} with {count} values on {weight.device}")
             if not x.is_contiguous():
-                raise ValueError(f"{name} {i} is {_form(x)}; it must lie in one piece")
+                raise ValueError(f"{name} {i} is {form(x)}; it must lie in one piece")
         if not 0 <= entry.first <= 2**31 - blocks:
             raise ValueError(f"the blocks of weight {i} are numbered from {entry.first}; numbers go from 0 to 2^31 - 1")
-
-
-def _form(x: Tensor) -> str:
-    return f"{x.dtype} {list(x.shape)} with strides {list(x.stride())} on {x.device}"

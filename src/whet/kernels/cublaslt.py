@@ -308,10 +308,10 @@ def product(
     """out = alpha a @ b (+ c): one launch of cuBLASLt where it is `available`; elsewhere what torch offers.
 
     16-bit operands give their own dtype or fp32, each of them by rows or by columns, with any stride between. E4M3
-    ones, a by rows and b by columns, come with fp32 scales of a's rows and b's columns, and give 16 bits or fp32;
-    c has the dtype of `out`, both by rows; it is `out`, or apart from it.
-    In 16 bits a c that is `out` may be added to a product that was rounded before. tuned: `tune` this form the first
-    time, where that may be and M is a power of 2, as lengths that come again are.
+    ones, a by rows and b by columns, come with fp32 scales of a's rows and b's columns, and give 16 bits or fp32. c has
+    the dtype of `out`, both by rows; it is `out`, or apart from it. In 16 bits a c that is `out` may be added to a
+    product that was rounded before. tuned: `tune` this form the first time, where that may be and M is a power of 2, as
+    lengths that come again are.
     ValueError: shapes, dtypes, strides or alignment. RuntimeError: cuBLASLt refuses; it gives the status.
     """
     if not available(out.device, a.dtype):

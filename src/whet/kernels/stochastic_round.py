@@ -21,13 +21,11 @@ Shapes: x, out [N]; N values, in blocks of 256 but for the last, which may be sh
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from whet.kernels._triton import HAVE_TRITON, fused, jit, tl, triton
+from whet.kernels._precision import form
+from whet.kernels._triton import fused, jit, jit_for_any, tl, triton
 
 BLOCK = 256  # values whose random bits are numbered together
 _HALF = 128
@@ -109,12 +107,7 @@ def rounded_bits(bits, random):
     return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, (bits >> 16) | 0x40, cut)
 
 
-def _jit_for_any_number(function: Callable[..., Any]) -> Any:
-    """These differ at every call: a kernel compiled anew for each that is 1 or a multiple of 16 would hold it up."""
-    return triton.jit(function, do_not_specialize=["first", "k0", "k1"]) if HAVE_TRITON else function
-
-
-@_jit_for_any_number
+@jit_for_any("first", "k0", "k1")
 def _round_kernel(
     x, out, blocks, N, first, k0, k1,
     HAS_TABLE: tl.constexpr, BLOCKS: tl.constexpr, HALF: tl.constexpr,
@@ -161,18 +154,14 @@ def _check(x: Tensor, out: Tensor, blocks: Tensor | int) -> None:
     """The kernel reads memory as it lies: what is not as promised is an error, not other numbers."""
     for name, tensor, dtype in (("x", x, torch.float32), ("out", out, torch.bfloat16)):
         if tensor.dtype != dtype or tensor.dim() != 1 or not tensor.is_contiguous():
-            raise ValueError(f"{name} is {_form(tensor)}; it must be a contiguous {dtype} [N]")
+            raise ValueError(f"{name} is {form(tensor)}; it must be a contiguous {dtype} [N]")
     if x.shape != out.shape or x.device != out.device:
-        raise ValueError(f"x is {_form(x)} and out {_form(out)}; they must be of one size, on one device")
+        raise ValueError(f"x is {form(x)} and out {form(out)}; they must be of one size, on one device")
     count = -(-x.numel() // BLOCK)
     if isinstance(blocks, int):
         if not 0 <= blocks <= 2**31 - count:
             raise ValueError(f"blocks are numbered {blocks} to {blocks + count - 1}; numbers go from 0 to 2^31 - 1")
     elif blocks.dtype != torch.int32 or blocks.shape != (count,) or blocks.device != x.device:
-        raise ValueError(f"blocks is {_form(blocks)}; it must be torch.int32 [{count}] on {x.device}")
+        raise ValueError(f"blocks is {form(blocks)}; it must be torch.int32 [{count}] on {x.device}")
     elif not blocks.is_contiguous():
         raise ValueError(f"blocks is strided by {blocks.stride(0)}; it must be contiguous")
-
-
-def _form(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)} with strides {list(tensor.stride())} on {tensor.device}"

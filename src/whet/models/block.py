@@ -113,19 +113,20 @@ class Block:
 
     def mlp(self, m: Tensor, w: LayerWeights, *, keep_gate_up: bool) -> tuple[Tensor, Saved]:
         out, tail = torch.empty_like(m), m.new_empty(m.shape[0], self.p.down.rank)
-        up_tail = m.new_empty(m.shape[0], self.p.gate_up.rank)
+        up_tail = m.new_empty(m.shape[0], self.p.gate_up.rank) if keep_gate_up else None
         post = {"mlp_output": torch.empty_like(m)} if self.shape.mlp_post_norm else {}
         kept = {}
         for i, s in enumerate(self.tiles(m)):
             xe = self.normed(m[s], self.shape.mlp_norm, self.p.gate_up, w.gate_up)
-            up_tail[s] = self.tail(xe, self.p.gate_up)
             gate_up = w.gate_up.product(xe)
             ae = self.activated(gate_up, w.down)
             tail[s] = self.tail(ae, self.p.down)
             self.add(m[s], ae, w.down, self.shape.mlp_post_norm, out[s], *(x[s] for x in post.values()))
-            if keep_gate_up:
-                kept[f"gate_up.{i}"] = gate_up
-        return out, {"gate_up_tail": up_tail, "down_tail": tail} | post | kept
+            if up_tail is not None:
+                up_tail[s], kept[f"gate_up.{i}"] = self.tail(xe, self.p.gate_up), gate_up
+        if up_tail is not None:
+            kept["gate_up_tail"] = up_tail
+        return out, {"down_tail": tail} | post | kept
 
     # ------------------------------------------------------------ backward
 

@@ -42,4 +42,4 @@ def _plain(weight: Tensor) -> bool:
 
 def bytes_of(embedding: nn.Embedding | None) -> int:
     """Of its weight; 0 for none."""
-    return 0 if embedding is None else embedding.weight.numel() * embedding.weight.element_size()
+    return 0 if embedding is None else embedding.weight.nbytes

@@ -203,7 +203,8 @@ class Projection:
     def _add_down_gradients(self, g_RT: Tensor, x_TK: Tensor) -> None:
         """Those of A, which lie under each other as one matrix once this has made them: one product adds to all."""
         downs = [(part.down, ranks) for part, _, ranks in self._places if part.down is not None]
-        together = _under_each_other([p.grad for p, _ in downs])
+        there = [p.grad for p, _ in downs if p.grad is not None]
+        together = stack_dense(there) if len(there) == len(downs) else None
         if together is not None:
             add_product(together, g_RT, x_TK)
             return
@@ -292,20 +293,6 @@ class Projections:
             fits = len(known) == 4 and layer_weights.takes(known)
             self._laid_out[key] = layer_weights.LayerWeights(known, dtype, apart, ready) if fits else None
         return self._laid_out[key]
-
-
-def _under_each_other(matrices: list[Tensor | None]) -> Tensor | None:
-    """Matrices whose rows follow each other in memory, as one; None where they don't, or are not there."""
-    known = [x for x in matrices if x is not None and x.is_contiguous()]
-    if len(known) < len(matrices):
-        return None
-    end = known[0].storage_offset()
-    for x in known:
-        if x.untyped_storage().data_ptr() != known[0].untyped_storage().data_ptr() or x.storage_offset() != end:
-            return None
-        end += x.numel()
-    columns = known[0].shape[1]
-    return known[0].as_strided((sum(len(x) for x in known), columns), (columns, 1))
 
 
 def takes_in_place(parameter: nn.Parameter, dtype: torch.dtype) -> bool:

@@ -70,8 +70,7 @@ class Reader:
             base.weight.data = weight
 
     def _bases(self) -> list[nn.Module]:
-        modules = [parent._modules[name] for parent, name in self.places]
-        return [m.base_layer if isinstance(m, LoraLayer) else m for m in modules]
+        return [_base_of(parent._modules[name]) for parent, name in self.places]
 
     def _forget(self) -> None:
         self._stamp, self._found = None, "not read yet"
@@ -131,6 +130,11 @@ def _state(module: Any) -> tuple[Any, ...]:
     )
 
 
+def _base_of(module: Any) -> Any:
+    """The linear layer under its adapters, if it has any."""
+    return module.base_layer if isinstance(module, LoraLayer) else module
+
+
 def _movable(weights: Sequence[Any]) -> bool:
     """Whether these are plain matrices of one dtype on one device."""
     return all(type(w) is Tensor for w in weights) and len({(w.dtype, w.device) for w in weights}) == 1
@@ -150,7 +154,7 @@ def _read_all(modules: Sequence[nn.Module], room: Tensor | None = None) -> Proje
         if isinstance(part, str):
             return part
         parts.append(part)
-    bases = [m.base_layer if isinstance(m, LoraLayer) else m for m in modules]
+    bases = [_base_of(m) for m in modules]
     if room is not None:  # somebody may have put other weights in the place of those that were moved there
         places = _places_in(room, bases)
         moved = all(

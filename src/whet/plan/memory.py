@@ -146,17 +146,20 @@ def _margin(sizes: Sizes, parts: int) -> int:
 
 @cache
 def dequantized(sizes: Sizes) -> float:
-    """A layer's four weights as a pass multiplies by them, the adapters beside them; of a base in 16 bits only these.
+    """A layer's four weights as a pass multiplies by them, the adapters beside them.
 
-    A base in 16 bits has room for them in its own memory all the time (`room`). With FP8 compute the weights lie there
-    twice, by rows and by columns, in half as many bits.
+    With FP8 compute the weights lie there twice, by rows and by columns, in half as many bits. A base in 16 bits has
+    room for its adapters in its own memory all the time (`room`).
     """
+    return sizes.element * (sizes.layer_weights + _beside(sizes))
+
+
+def _beside(sizes: Sizes) -> int:
+    """Elements of a layer's adapters beside its weights, with the corners where nothing lies."""
     d, f, q, w = sizes.shape.width, sizes.shape.hidden, sizes.q, sizes.qkv
     in_qkv, in_o, in_gate_up, in_down = (_margin(sizes, parts) for parts in (3, 1, 2, 1))
-    elements = in_qkv * (w + d) + in_o * (d + q) + in_gate_up * (2 * f + d) + in_down * (d + f)
-    if sizes.bits < 16:
-        elements += sizes.layer_weights + in_qkv**2 + in_o**2 + in_gate_up**2 + in_down**2
-    return sizes.element * elements
+    borders = in_qkv * (w + d) + in_o * (d + q) + in_gate_up * (2 * f + d) + in_down * (d + f)
+    return borders + in_qkv**2 + in_o**2 + in_gate_up**2 + in_down**2
 
 
 @cache
@@ -233,10 +236,7 @@ def _pass_peak(sizes: Sizes, policies: tuple[Policy, ...], tokens: int, held: in
 
 def room(sizes: Sizes) -> float:
     """What all layers of a frozen base in 16 bits take more than their weights, for adapters beside these."""
-    if sizes.bits < 16 or not sizes.rank:
-        return 0.0
-    corners = sum(_margin(sizes, parts) ** 2 for parts in (3, 1, 2, 1))
-    return sizes.layers * (dequantized(sizes) + sizes.element * corners)
+    return float(sizes.layers * sizes.element * _beside(sizes)) if sizes.bits == 16 else 0.0
 
 
 def dequantization_seconds(sizes: Sizes, device: Device) -> float:

@@ -115,8 +115,7 @@ class PassGraph:
         self._patience = 2  # passes of one form in a row before it is recorded; more each time one was let go
         self._batch: Batch = {}  # what the graph reads
         self._found: dict[str, Tensor] = {}  # and what it writes
-        self._trained: list[nn.Parameter] = []
-        self._gradients: list[Tensor] = []
+        self._gradients: list[tuple[nn.Parameter, Tensor]] = []  # those of the last pass, to which a graph adds
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         settings = self._asked()
@@ -132,8 +131,7 @@ class PassGraph:
         elif not self.allowed or self._passes < self._patience or not self._record(batch):
             self._gradients = []  # else they stay beside the new ones
             found = self.step(batch)
-            pairs = [(p, p.grad) for p in self._parameters if p.grad is not None]
-            self._trained, self._gradients = [p for p, _ in pairs], [gradient for _, gradient in pairs]
+            self._gradients = [(p, p.grad) for p in self._parameters if p.grad is not None]
             return found
         assert self.graph is not None
         self.graph.replay()
@@ -155,11 +153,10 @@ class PassGraph:
 
     def _bind(self) -> None:
         """Have the gradients where the graph adds to them: what is there already, or zero."""
-        pairs = list(zip(self._trained, self._gradients, strict=True))
-        fresh = [gradient for p, gradient in pairs if p.grad is None]
+        fresh = [gradient for p, gradient in self._gradients if p.grad is None]
         if fresh:
             torch._foreach_zero_(fresh)
-        for p, gradient in pairs:
+        for p, gradient in self._gradients:
             if p.grad is not None and p.grad is not gradient:
                 gradient.copy_(p.grad)
             p.grad = gradient
