@@ -203,7 +203,7 @@ def _inverse(scale, ASM: tl.constexpr):
 
 @jit
 def _words(pointer, ASM: tl.constexpr):
-    """The words at these pointers.
+    """The words at these pointers, of which stores change none.
 
     ASM: to Triton this is arithmetic, so a thread loads what it goes on to use. A load of Triton's own spreads over
     threads as memory lies, and what it brings, or worse, what is made of it, then moves through shared memory.
@@ -215,18 +215,6 @@ def _words(pointer, ASM: tl.constexpr):
     else:
         words = tl.load(pointer)
     return words
-
-
-@jit
-def _scale_at(pointer, ASM: tl.constexpr):
-    """ASM: as above, and the load may move over stores."""
-    if ASM:
-        scale = tl.inline_asm_elementwise(
-            "ld.global.nc.f32 $0, [$1];", "=f,l", [pointer.to(tl.int64)], tl.float32, is_pure=True, pack=1
-        )
-    else:
-        scale = tl.load(pointer)
-    return scale
 
 
 @jit
@@ -272,8 +260,10 @@ def _dequantize_transposed_kernel(
     packed = _words(words_ptr + (block * 8)[None, :] + w[:, None], SHUFFLE)
     absmax = _absmax(absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, block, n < rows, DOUBLE, STACKED)
     k = b * 64 + w * 8
+    scale_words = scales_ptr.to(tl.pointer_type(tl.int32))
     for j in tl.static_range(8):
-        inverse = _inverse(_scale_at(scales_ptr + k + j, SHUFFLE), SHUFFLE)
+        scale = _words(scale_words + k + j, SHUFFLE).to(tl.float32, bitcast=True)
+        inverse = _inverse(scale, SHUFFLE)
         code = code_at(packed >> ((j ^ 1) * 4), code_ptr, SHUFFLE)  # the high nibble of a byte comes first
         value = code * (absmax[None, :] * inverse[:, None])
         out = out_ptr + (k + j).to(tl.int64)[:, None] * out_stride + n[None, :]
