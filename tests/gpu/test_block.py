@@ -176,7 +176,7 @@ def test_a_base_in_16_bits_beside_its_adapters(tmp_path: Path) -> None:
         model.zero_grad()
         margins = torch.cuda.memory_allocated() - before
         for name, got in gradients(model, batch).items():
-            assert harness.relative(got, expected[name]) < 0.02, name
+            assert harness.relative(got, expected[name]) < 0.05, name  # in bf16, summed in another order
     sizes = sizes_of(model)
     assert sizes is not None
     assert margins < 1.1 * memory.room(sizes) + 2**20
