@@ -27,6 +27,7 @@ from transformers.modeling_utils import PreTrainedModel
 from whet.errors import WhetError
 from whet.models import attention
 from whet.models.fused import fuse
+from whet.models.streaming import streamed
 
 log = logging.getLogger("whet")
 
@@ -136,7 +137,7 @@ def load(
         config.num_labels = num_labels
     model, loaded = _from_hub(
         name,
-        auto_model.from_pretrained,
+        streamed(auto_model).from_pretrained,
         folder,
         config=config,
         dtype=dtype,
