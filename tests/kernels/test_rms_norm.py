@@ -49,7 +49,9 @@ def test_forward_and_backward_are_those_of_autograd(offset: float, with_residual
     torch.testing.assert_close(rms_norm(x, w, EPS, offset, residual=residual), y)
 
     weight_grad = torch.ones(12)
-    got = rms_norm_backward(dy, x, w, EPS, offset, residual=residual, weight_grad=weight_grad)
+    normed = torch.empty_like(x)
+    got = rms_norm_backward(dy, x, w, EPS, offset, residual=residual, weight_grad=weight_grad, normed=normed)
+    torch.testing.assert_close(normed, formula(x, w, offset, None))
     torch.testing.assert_close(got, dx if residual is None else dx + residual)
     torch.testing.assert_close(weight_grad, 1 + dw.float())
 
@@ -126,18 +128,23 @@ def test_backward_kernel(
     weight_grad = torch.ones(D) if with_weight_grad else None
     buffer = torch.full((T, D + 5), float("nan"))
     out = {None: buffer[:, :D], "dy": dy, "residual": residual}[place]
-    rms_norm_backward_triton(dy, x, w, EPS, 1.0, skip, weight_grad, out)
+    beside = torch.full((T, D + 5), float("nan"))
+    normed = None if place == "dy" else beside[:, :D]
+    rms_norm_backward_triton(dy, x, w, EPS, 1.0, skip, weight_grad, normed, out)
     torch.testing.assert_close(out, dx, rtol=1e-5, atol=1e-5)
     if weight_grad is not None:
         torch.testing.assert_close(weight_grad, 1 + dw, rtol=1e-5, atol=1e-5)
+    if normed is not None:
+        torch.testing.assert_close(normed, rms_norm_reference(x, w, EPS, 1.0), rtol=1e-5, atol=1e-5)
     assert buffer[:, D:].isnan().all()
+    assert beside[:, D:].isnan().all()
 
 
 def test_no_tokens() -> None:
     """Catches a launch over an empty grid."""
     x, w, weight_grad = torch.empty(0, 8), torch.ones(8), torch.ones(8)
     rms_norm_triton(x, w, EPS, 0.0, None, torch.empty(0, 8))
-    rms_norm_backward_triton(x, x, w, EPS, 0.0, None, weight_grad, torch.empty(0, 8))
+    rms_norm_backward_triton(x, x, w, EPS, 0.0, None, weight_grad, None, torch.empty(0, 8))
     assert rms_norm(x, w, EPS).shape == (0, 8)
     assert rms_norm_backward(x, x, w, EPS, weight_grad=weight_grad).shape == (0, 8)
     assert (weight_grad == 1).all()

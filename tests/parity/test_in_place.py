@@ -12,7 +12,8 @@ from datasets import Dataset
 
 from tests.parity import harness
 from whet import FastLanguageModel, SFTConfig, SFTTrainer
-from whet.models import fused
+from whet.kernels.glu_lora import glu_backward_lora
+from whet.models import block, fused
 
 
 def passes(model: Any, rows: int, folder: Path, *, in_place: bool, heard: torch.nn.Parameter | None) -> int:
@@ -70,22 +71,33 @@ def test_gradients_added_where_they_stay_are_those_that_autograd_adds(
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])  # q, k, v apart; with biases; one weight for all
 @pytest.mark.parametrize("listened", [False, True])
+@pytest.mark.parametrize("together", [False, True])
 def test_the_adapters_gradients_are_those_that_autograd_adds(
-    checkpoint: Callable[..., Path], family: str, listened: bool, tmp_path: Path
+    checkpoint: Callable[..., Path],
+    family: str,
+    listened: bool,
+    together: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Catches a gradient that goes to another part's adapter, is scaled twice or not at all, or is kept from a hook.
 
-    Three passes: the first makes the gradients, others add to them.
+    Three passes: the first makes the gradients, others add to them. together: those of the MLP that a GPU sums in the
+    activation's backward, and its forward's product with A (kernels/glu_lora.py), in that order here too.
     """
     found: list[dict[str, torch.Tensor]] = []
-    heard = 0
+    heard, ran, kernel = 0, [], glu_backward_lora
     for in_place in (False, True):
+        monkeypatch.setattr(block, "takes", lambda *_, now=together and in_place: now)
+        monkeypatch.setattr(block, "takes_margin", lambda *_, now=together and in_place: now)
+        monkeypatch.setattr(block, "glu_backward_lora", lambda *args, **out: ran.append(kernel(*args, **out)))
         model = harness.whet_model(checkpoint(family), family, "nf4")
         harness.randomise_adapter(model)
         adapter = next(p for name, p in harness.adapter(model).items() if "up" in name or "o_proj" in name)
         heard += passes(model, 6, tmp_path, in_place=in_place, heard=adapter if listened else None)
         found.append({name: p.grad for name, p in harness.adapter(model).items() if p.grad is not None})
     assert heard == (6 if listened else 0)
+    assert bool(ran) == (together and family != "phi3")  # which has one adapter for gate and up
     assert found[0].keys() == found[1].keys() == harness.adapter(model).keys()
     for name, gradient in found[0].items():
         assert harness.relative(found[1][name], gradient) < 1e-5, name

@@ -71,8 +71,9 @@ def _rms_norm_kernel(
 
 @jit
 def _rms_norm_backward_kernel(
-    dy, x, weight, residual, out, partials, dy_stride, x_stride, residual_stride, out_stride, T, eps, offset,
-    D: tl.constexpr, HAS_RESIDUAL: tl.constexpr, WEIGHT_GRAD: tl.constexpr, BLOCK: tl.constexpr,
+    dy, x, weight, residual, out, normed, partials,
+    dy_stride, x_stride, residual_stride, out_stride, normed_stride, T, eps, offset,
+    D: tl.constexpr, HAS_RESIDUAL: tl.constexpr, WEIGHT_GRAD: tl.constexpr, NORMED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program a row; for a weight gradient several rows, whose sum goes to the program's row of partials."""
     program = tl.program_id(0)
@@ -95,6 +96,8 @@ def _rms_norm_backward_kernel(
         if WEIGHT_GRAD:
             dw += d * xhat
         tl.store(out + row * out_stride + c, dx.to(out.dtype.element_ty), mask=mask)
+        if NORMED:
+            tl.store(normed + row * normed_stride + c, (xhat * w).to(normed.dtype.element_ty), mask=mask)
     if WEIGHT_GRAD:
         tl.store(partials + program.to(tl.int64) * D + c, dw, mask=mask)
 
@@ -127,12 +130,13 @@ def rms_norm_backward_triton(
     offset: float,
     residual: Tensor | None,
     weight_grad: Tensor | None,
+    normed: Tensor | None,
     out: Tensor,
 ) -> None:
     T, D = x_TD.shape
     if T == 0:
         return
-    r = x_TD if residual is None else residual
+    r, y = x_TD if residual is None else residual, out if normed is None else normed
     programs = T
     partials = x_TD
     if weight_grad is not None:
@@ -141,10 +145,10 @@ def rms_norm_backward_triton(
         partials = torch.empty(programs, D, device=x_TD.device, dtype=torch.float32)
     block, warps = _row_tile(D)
     _rms_norm_backward_kernel[(programs,)](
-        dy_TD, x_TD, weight_D, r, out, partials,
-        dy_TD.stride(0), x_TD.stride(0), r.stride(0), out.stride(0), T, eps, offset,
-        D=D, HAS_RESIDUAL=residual is not None, WEIGHT_GRAD=weight_grad is not None, BLOCK=block,
-        num_warps=warps, num_stages=1,
+        dy_TD, x_TD, weight_D, r, out, y, partials,
+        dy_TD.stride(0), x_TD.stride(0), r.stride(0), out.stride(0), y.stride(0), T, eps, offset,
+        D=D, HAS_RESIDUAL=residual is not None, WEIGHT_GRAD=weight_grad is not None, NORMED=normed is not None,
+        BLOCK=block, num_warps=warps, num_stages=1,
     )  # fmt: skip
     if weight_grad is not None:
         weight_grad += partials.sum(0)
@@ -177,17 +181,21 @@ def rms_norm_backward(
     *,
     residual: Tensor | None = None,
     weight_grad: Tensor | None = None,
+    normed: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """dx [+ residual], the gradient that came by the skip path. out may be residual, dy or x.
 
-    weight_grad [D], fp32: dw is added to it, in an order that depends on the shape alone.
+    weight_grad [D], fp32: dw is added to it, in an order that depends on the shape alone. normed [T, D]: is written
+    with norm(x), bitwise `rms_norm`'s; apart from all others.
     """
     if out is None:
         out = torch.empty(dy_TD.shape, device=dy_TD.device, dtype=dy_TD.dtype)
     if fused(x_TD):
-        rms_norm_backward_triton(dy_TD, x_TD, weight_D, eps, offset, residual, weight_grad, out)
+        rms_norm_backward_triton(dy_TD, x_TD, weight_D, eps, offset, residual, weight_grad, normed, out)
         return out
+    if normed is not None:
+        normed.copy_(rms_norm_reference(x_TD, weight_D, eps, offset))
     dx, dw = rms_norm_backward_reference(dy_TD, x_TD, weight_D, eps, offset, residual)
     if weight_grad is not None:
         weight_grad += dw

@@ -26,6 +26,7 @@ from torch import Tensor
 from whet.kernels._precision import wide_dtype
 from whet.kernels.attention import Documents, Rows, attention, attention_backward
 from whet.kernels.glu import glu, glu_backward
+from whet.kernels.glu_lora import Factors, Sum, glu_backward_lora, glu_lora, takes, takes_margin
 from whet.kernels.rms_norm import rms_norm, rms_norm_backward
 from whet.kernels.rope import rope, rope_backward
 from whet.models.families import LayerShape, Norm
@@ -181,28 +182,45 @@ class Block:
         if self.shape.mlp_post_norm or (dout_e is not None and dout_e.shape[1] != de.width_out):
             dout_e = None
         for i, s in enumerate(self.tiles(m)):
-            gate_up = saved.get(f"gate_up.{i}")
+            gate_up, x = saved.get(f"gate_up.{i}"), None
             if gate_up is None:
                 xe = self.normed(m[s], self.shape.mlp_norm, gate_up_p, ge)
                 gate_up, x, up_tail = ge.product(xe), xe[:, : gate_up_p.columns], self.tail(xe, gate_up_p)
             else:
-                x, up_tail = self.norm(m[s], self.shape.mlp_norm), saved["gate_up_tail"][s]
-            dye = dout_e[s] if dout_e is not None else m.new_empty(x.shape[0], de.width_out)
+                up_tail = saved["gate_up_tail"][s]
+            dye = dout_e[s] if dout_e is not None else m.new_empty(m[s].shape[0], de.width_out)
             if dout_e is None:
                 self.norm_gradient(dout[s], saved.get("mlp_output"), s, "mlp_post_norm", dye[:, : down.rows])
             self.fill_gradient_margin(dye, down, de)
-            da = de.back_product(dye)
-            act, dgue = x.new_empty(x.shape[0], down.columns), x.new_empty(x.shape[0], ge.width_out)
-            glu_backward(da, gate_up, self.shape.activation, act=act, out=dgue[:, : gate_up_p.rows])
+            da, dgue = de.back_product(dye), dye.new_empty(dye.shape[0], ge.width_out)
+            act, down_sums, up_sums = self.activation_backward(da, gate_up, dye, up_tail, dgue[:, : gate_up_p.rows])
             del da, gate_up
             self.fill_gradient_margin(dgue, gate_up_p, ge)
-            down_grads = self.gradients(down, dye, act, saved["down_tail"][s])
+            down_grads = self.gradients(down, dye, act, saved["down_tail"][s], downs=down_sums)
             del act, dye
             dx = ge.back_product(dgue)
-            up_grads = self.gradients(gate_up_p, dgue, x, up_tail)
+            x = self.norm_backward(dx, m[s], "mlp_norm", residual=dout[s], out=dm[s, : self.p.o.rows], x=x)
+            up_grads = self.gradients(gate_up_p, dgue, x, up_tail, ups=up_sums)
             grads.add([*up_grads, *down_grads])
-            self.norm_backward(dx, m[s], "mlp_norm", residual=dout[s], out=dm[s, : self.p.o.rows])
         return dm, grads.total
+
+    def activation_backward(
+        self, da: Tensor, gate_up: Tensor, dye: Tensor, up_tail: Tensor, out: Tensor
+    ) -> tuple[Tensor | None, list[Sum] | None, list[Sum] | None]:
+        """The gradient of gate and up into `out`. The activation, or those gradients of adapters that read it or `out`.
+
+        These are of Wd's A, and of Wgu's B.
+        """
+        down, up = self.p.down, self.p.gate_up
+        apart = len(down.adapted) < 1 or len(up.adapted) < 2 or any(part.trained for part in (*down.parts, *up.parts))
+        if apart or not takes(gate_up, (down.rank, *up.ranks)):
+            act = torch.empty_like(da)
+            glu_backward(da, gate_up, self.shape.activation, act=act, out=out)
+            return act, None, None
+        down_sums, up_sums = (f(da.dtype, in_place=self.in_place) for f in (down.down_sums, up.up_sums))
+        factors = Factors(dye[:, down.rows : down.rows + down.rank], *up_tail.split(up.ranks, dim=1))
+        glu_backward_lora(da, gate_up, self.shape.activation, factors, (*down_sums, *up_sums), out=out)
+        return None, down_sums, up_sums
 
     def project_o_backward(self, dm: Tensor, saved: Saved, e: Weights) -> tuple[Tensor, list[Tensor | None]]:
         """The gradient of attention's output, and those of Wo's adapter. Fills the margin of dm."""
@@ -238,11 +256,12 @@ class Block:
         for s in self.tiles(h):
             dye = dqkve[s]
             self.fill_gradient_margin(dye, p, e)
-            grads.add(self.gradients(p, dye, self.norm(h[s], self.shape.input_norm), saved["qkv_tail"][s]))
             if input_grad or "input_norm" in self.trained_norms:
-                dx = e.back_product(dye)
-                out = dh[s, : p.columns]
-                self.norm_backward(dx, h[s], "input_norm", residual=dm[s, : self.p.o.rows], out=out)
+                dx, out = e.back_product(dye), dh[s, : p.columns]
+                x = self.norm_backward(dx, h[s], "input_norm", residual=dm[s, : self.p.o.rows], out=out)
+            else:
+                x = self.norm(h[s], self.shape.input_norm)
+            grads.add(self.gradients(p, dye, x, saved["qkv_tail"][s]))
         return dh if input_grad else None, grads.total
 
     # ------------------------------------------------------------ parts of both
@@ -270,12 +289,18 @@ class Block:
         return xe[:, p.columns : p.columns + p.rank]
 
     def activated(self, gate_up: Tensor, de: Weights) -> Tensor:
-        ae = gate_up.new_empty(gate_up.shape[0], de.width_in)
-        glu(gate_up, self.shape.activation, out=ae[:, : self.p.down.columns])
-        return self.fill_margin(ae, self.p.down, de)
+        ae, columns = gate_up.new_empty(gate_up.shape[0], de.width_in), self.p.down.columns
+        act, tail = ae[:, :columns], ae[:, columns:]
+        if not takes_margin(gate_up, tail.shape[1]):
+            glu(gate_up, self.shape.activation, out=act)
+            return self.fill_margin(ae, self.p.down, de)
+        glu_lora(gate_up, self.shape.activation, de.down.T, out=act, tail=tail)
+        return self.fill_bias(ae, self.p.down)
 
-    def gradients(self, p: Projection, dye: Tensor, x: Tensor, tail: Tensor) -> list[Tensor | None]:
-        return p.gradients(dye[:, p.rows :], x, dye[:, : p.rows], tail, in_place=self.in_place)
+    def gradients(
+        self, p: Projection, dye: Tensor, x: Tensor | None, tail: Tensor, **made: list[Sum] | None
+    ) -> list[Tensor | None]:
+        return p.gradients(dye[:, p.rows :], x, dye[:, : p.rows], tail, in_place=self.in_place, **made)
 
     def fill_margin(self, xe: Tensor, p: Projection, e: Weights) -> Tensor:
         """x A^T behind x."""
@@ -310,12 +335,20 @@ class Block:
         if y is None:
             out.copy_(dy)
         else:
-            self.norm_backward(dy, y[s], norm, out=out)
+            rms_norm_backward(dy, y[s], *self.norm_options(norm), weight_grad=self.weight_grad(norm), out=out)
 
-    def norm_backward(self, dy: Tensor, x: Tensor, name: str, *, out: Tensor, residual: Tensor | None = None) -> None:
-        norm, offset = self.shape.norms[name], self.shape.spec.norm_offset
-        grad = self.weight_grad(name)
-        rms_norm_backward(dy, x, norm.weight, norm.eps, offset, residual=residual, weight_grad=grad, out=out)
+    def norm_backward(
+        self, dy: Tensor, h: Tensor, name: str, *, out: Tensor, residual: Tensor, x: Tensor | None = None
+    ) -> Tensor:
+        """The gradient of h, with what came around the norm, into `out`. Returns x = norm(h), made unless given."""
+        y = torch.empty_like(h) if x is None else None
+        options = {"residual": residual, "weight_grad": self.weight_grad(name), "normed": y}
+        rms_norm_backward(dy, h, *self.norm_options(name), **options, out=out)
+        return x if y is None else y  # type: ignore[return-value]
+
+    def norm_options(self, name: str) -> tuple[Tensor, float, float]:
+        norm = self.shape.norms[name]
+        return norm.weight, norm.eps, self.shape.spec.norm_offset
 
     def weight_grad(self, norm: str) -> Tensor | None:
         """Where the gradient of a norm's weight is summed up, if it trains."""

@@ -7,8 +7,10 @@ Shapes: T tokens, K inputs, N outputs of all parts together, R columns for adapt
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -18,6 +20,7 @@ from whet.kernels import layer_weights
 from whet.kernels._precision import wide_dtype
 from whet.kernels.extend import extend, lay_out
 from whet.kernels.fp8 import weight_scales
+from whet.kernels.glu_lora import Sum
 from whet.kernels.layer_weights import ProjectionWeight
 from whet.kernels.nf4 import NF4Weight, dequantize_nf4, stack, stack_dense
 from whet.models.weights import (
@@ -61,7 +64,8 @@ class Projection:
         self.parts, self.columns, self.room = parts, columns, room
         self.rows = sum(part.rows for part in parts)
         self.adapted = tuple(part for part in parts if part.down is not None)
-        self.rank = sum(part.down.shape[0] for part in self.adapted)
+        self.ranks = [part.down.shape[0] for part in self.adapted]
+        self.rank = sum(self.ranks)
         self.biased = any(part.bias is not None for part in parts)
         self.parameters = tuple(p for part in parts for p in part.parameters)
 
@@ -155,32 +159,35 @@ class Projection:
         return torch.cat(biases)
 
     def gradients(
-        self, g_TR: Tensor, x_TK: Tensor, dy_TN: Tensor, tail_TR: Tensor, *, in_place: bool = False
+        self,
+        g_TR: Tensor,
+        x_TK: Tensor | None,
+        dy_TN: Tensor,
+        tail_TR: Tensor,
+        *,
+        in_place: bool = False,
+        downs: Sequence[Sum] | None = None,
+        ups: Sequence[Sum] | None = None,
     ) -> list[Tensor | None]:
         """fp32 gradients of `parameters` from one tile of tokens.
 
         g: dY (s B), the margin of the gradient; x: the input; dy: the gradient of the output; tail: x A^T.
         in_place: they are added to the parameters' own `grad` where nobody listens to that, and None here.
+        downs, ups: those of A, or of B, which have been made already (`down_sums`, `up_sums`); without A's, x is asked.
         """
         if not self.parameters:
             return []
         g, tail = g_TR[:, : self.rank].T, tail_TR[:, : self.rank]
-        adapters = [p for part in self.adapted for p in (part.down, part.up)]
-        wide = wide_dtype(dy_TN.dtype)
-        there = in_place and bool(adapters) and all(p is not None and takes_in_place(p, wide) for p in adapters)
-        if there:
-            self._add_down_gradients(g, x_TK)
-            self._add_up_gradients(dy_TN, tail)
-        elif adapters:
-            downs, ups = product(g, x_TK), product(dy_TN.T, tail)
+        there = self._in_place(in_place, dy_TN.dtype)
+        of_downs = self._down_gradients(g, x_TK, there) if downs is None else _given(downs, there)
+        of_ups = self._up_gradients(dy_TN, tail, there) if ups is None else _given(ups, there)
         found: list[Tensor | None] = []
-        for part, rows, ranks in self._places:
-            if there and part.down is not None:
-                found += [None, None]
-            elif part.down is not None:
-                found += [downs[ranks], ups[rows, ranks] if part.scale == 1 else ups[rows, ranks] * part.scale]
+        for part, rows, _ in self._places:
+            if part.down is not None:
+                found += [next(of_downs), next(of_ups)]
             for parameter in part.trained:
                 dy = dy_TN[:, rows]
+                assert x_TK is not None
                 if parameter.ndim != 2:
                     found.append(dy.sum(0, dtype=wide_dtype(dy.dtype)))
                 elif in_place and takes_in_place(parameter, dy.dtype):
@@ -189,6 +196,21 @@ class Projection:
                 else:
                     found.append(product(dy.T, x_TK))
         return found
+
+    def _in_place(self, in_place: bool, dtype: torch.dtype) -> bool:
+        """Whether gradients of adapters are added to the adapters' own."""
+        adapters = (p for part in self.adapted for p in (part.down, part.up))
+        return in_place and all(p is not None and takes_in_place(p, wide_dtype(dtype)) for p in adapters)
+
+    def down_sums(self, dtype: torch.dtype, *, in_place: bool) -> list[Sum]:
+        """Where a kernel is to put the gradients of each A [r, K], from g and x in `dtype`: see `gradients`."""
+        there = self._in_place(in_place, dtype)
+        return [sum_of(p.down, 1.0, dtype, in_place=there) for p in self.adapted if p.down is not None]
+
+    def up_sums(self, dtype: torch.dtype, *, in_place: bool) -> list[Sum]:
+        """Where a kernel is to put those of each B [n, r]."""
+        there = self._in_place(in_place, dtype)
+        return [sum_of(p.up, p.scale, dtype, in_place=there) for p in self.adapted if p.up is not None]
 
     @cached_property
     def _places(self) -> list[tuple[Part, slice, slice]]:
@@ -200,32 +222,54 @@ class Projection:
             row, column = row + part.rows, column + rank
         return found
 
-    def _add_down_gradients(self, g_RT: Tensor, x_TK: Tensor) -> None:
+    def _down_gradients(self, g_RT: Tensor, x_TK: Tensor | None, in_place: bool) -> Iterator[Tensor | None]:
         """Those of A, which lie under each other as one matrix once this has made them: one product adds to all."""
         downs = [(part.down, ranks) for part, _, ranks in self._places if part.down is not None]
-        there = [p.grad for p, _ in downs if p.grad is not None]
-        together = stack_dense(there) if len(there) == len(downs) else None
+        there = [p.grad for p, _ in downs if p.grad is not None] if in_place else []
+        together = stack_dense(there) if downs and len(there) == len(downs) else None
         if together is not None:
+            assert x_TK is not None
             add_product(together, g_RT, x_TK)
-            return
-        made = product(g_RT, x_TK)
-        for p, ranks in downs:
-            p.grad = made[ranks] if p.grad is None else p.grad.add_(made[ranks])
+        elif downs:
+            assert x_TK is not None
+            made = product(g_RT, x_TK)
+            if not in_place:
+                return iter([made[ranks] for _, ranks in downs])
+            for p, ranks in downs:
+                p.grad = made[ranks] if p.grad is None else p.grad.add_(made[ranks])
+        return repeat(None)
 
-    def _add_up_gradients(self, dy_TN: Tensor, tail_TR: Tensor) -> None:
+    def _up_gradients(self, dy_TN: Tensor, tail_TR: Tensor, in_place: bool) -> Iterator[Tensor | None]:
         """Those of B. One product gives them for all parts, and more that nobody needs: cheaper than one for each."""
         ups = [(part.up, part.scale, rows, ranks) for part, rows, ranks in self._places if part.up is not None]
-        (first, scale, rows, _) = ups[0]
-        if len(ups) == 1 and first.grad is not None:
-            add_product(first.grad, dy_TN[:, rows].T, tail_TR, scale)
-            return
-        made = product(dy_TN.T, tail_TR)
-        for p, scale, rows, ranks in ups:
-            part = made[rows, ranks]
-            if p.grad is None:
-                p.grad = part.mul(scale).contiguous()
-            else:
-                p.grad.add_(part, alpha=scale)
+        if in_place and len(ups) == 1 and (grad := ups[0][0].grad) is not None:
+            add_product(grad, dy_TN[:, ups[0][2]].T, tail_TR, ups[0][1])
+        elif ups:
+            made = product(dy_TN.T, tail_TR)
+            if not in_place:
+                return iter([made[rows, ranks] if s == 1 else made[rows, ranks] * s for _, s, rows, ranks in ups])
+            for p, scale, rows, ranks in ups:
+                part = made[rows, ranks]
+                if p.grad is None:
+                    p.grad = part.mul(scale).contiguous()
+                else:
+                    p.grad.add_(part, alpha=scale)
+        return repeat(None)
+
+
+def sum_of(parameter: nn.Parameter, scale: float, dtype: torch.dtype, *, in_place: bool) -> Sum:
+    """Where a gradient of `parameter` is summed: in its own `grad`, made if it has none yet, or in a new tensor."""
+    if in_place and parameter.grad is not None:
+        parameter.grad = parameter.grad.contiguous()
+        return Sum(parameter.grad, scale, add=True)
+    total = torch.empty(parameter.shape, dtype=wide_dtype(dtype), device=parameter.device)
+    if in_place:
+        parameter.grad = total
+    return Sum(total, scale)
+
+
+def _given(sums: Sequence[Sum], in_place: bool) -> Iterator[Tensor | None]:
+    return repeat(None) if in_place else iter([s.total for s in sums])
 
 
 def margin(needed: int, device_type: str) -> int:
