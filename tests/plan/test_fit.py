@@ -64,8 +64,8 @@ def test_every_way_to_cut_a_step_is_offered_and_the_chosen_one_set(model: Any, p
     assert shared is not None
     assert (shared.layers, shared.tile) == ((INPUT, MOST), 512)
     assert (
-        shared.plan
-        == "1 rows at a time, 6 times a step; peak 1.00 GiB; layers keep: 1 input, 1 most; tiles of 512 tokens"
+        shared.plan == "1 rows at a time, 6 times a step; peak 1.00 GiB, 0.00 of it all the time; "
+        "layers keep: 1 input, 1 most; tiles of 512 tokens"
     )
 
 

@@ -164,4 +164,5 @@ def describe(chosen: Plan) -> str:
     kinds = ", ".join(f"{count} {name}" for name, count in counts.items())
     more = f"; {chosen.held} layers' weights stay dequantized" if chosen.held else ""
     more += "; the embedding in host memory" if chosen.embedding_on_host else ""
-    return f"peak {chosen.peak / GIB:.2f} GiB; layers keep: {kinds}; tiles of {chosen.tile} tokens{more}"
+    static = f"{chosen.static / GIB:.2f} of it all the time"
+    return f"peak {chosen.peak / GIB:.2f} GiB, {static}; layers keep: {kinds}; tiles of {chosen.tile} tokens{more}"

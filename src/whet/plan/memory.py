@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import combinations, pairwise, product
 
 from whet.models.activations import ALL, ATTENTION, INPUT, MOST, Policy
@@ -32,14 +32,18 @@ LIBRARIES = 160 * 2**20
 # tokens say so, at 4,096 they do not. Who holds them is not known.
 LONG = 8192
 
+# kernels/glu_lora.py: tokens whose products one program sums, and the most ranks that it takes.
+SUMMED, MOST_RANKS = 512, 128
+
 # Rates as parts of the device's own, measured on an H100. Attention: 480 TFLOP/s forward, 338 backward, of 700.
 # Adapters' products, whose one side is tens wide, reach 0.8 of the memory's rate, and so does dequantization (0.83).
 # The link, assumed: a tenth is lost in gaps between one tensor's copy and the next.
 ATTENTION_FORWARD, ATTENTION_BACKWARD = 0.69, 0.48
 SKINNY = 0.8
 LINK = 0.9
-# What a plan must gain to have values wait in host memory: it has to be pinned first, about a second for 4 GB.
-WORTH = 0.01
+# What a plan must gain, as a part of its time, for each GiB of host memory that it pins: that takes about a quarter of
+# a second, once, which some minutes of training make up for.
+WORTH = 0.0005
 # From the end of a kernel to the full speed of the next, in a recorded pass. Fitted, not measured: with the rates above
 # and 8 ms a step beside its passes, it brings four measured steps (tests/plan/test_memory.py), of 8,000 to 33,000
 # kernels, within 1.2%. A fixed cost of a pass would be hard to tell from it.
@@ -116,8 +120,8 @@ class Sizes:
 class Plan:
     """tokens: of a pass, tile: of those that go through a weight at once. policies: of each layer, from the first.
 
-    peak: bytes on the device. held: how many layers' weights stay dequantized from pass to pass. embedding_on_host:
-    whether the input embedding waits in host memory.
+    peak: bytes on the device, `static` of which lie there all the time. held: how many layers' weights stay dequantized
+    from pass to pass. embedding_on_host: whether the input embedding waits in host memory.
     """
 
     tokens: int
@@ -127,6 +131,7 @@ class Plan:
     seconds_a_token: float
     held: int = 0
     embedding_on_host: bool = False
+    static: float = 0.0
 
 
 @cache
@@ -162,6 +167,16 @@ def _beside(sizes: Sizes) -> int:
     return borders + in_qkv**2 + in_o**2 + in_gate_up**2 + in_down**2
 
 
+def summed_together(sizes: Sizes) -> bool:
+    """Whether the activation's backward sums the gradients of adapters that read it (kernels/glu_lora.py)."""
+    return 0 < 3 * sizes.rank <= MOST_RANKS and not sizes.trained
+
+
+def sum_bytes(sizes: Sizes) -> float:
+    """Of those sums, a token: one of each value for SUMMED tokens."""
+    return 4 * 3 * sizes.rank * sizes.shape.hidden / SUMMED
+
+
 @cache
 def layer_working(sizes: Sizes, policy: Policy, tokens: int) -> float:
     """The most that is alive at one time in a layer's backward pass, beside what layers keep.
@@ -178,9 +193,10 @@ def layer_working(sizes: Sizes, policy: Policy, tokens: int) -> float:
     again = kept(sizes, MOST, tokens) - kept(sizes, policy, tokens) if "qkv" not in policy.keep else 0
     weights = dequantized(sizes) if sizes.bits < 16 else 0.0  # for a whole pass
     gradients = 4 * sizes.adapter  # of the adapters, in fp32; those of weights are added where they are held
-    # normed m, the gradient with its margin, gate and up, the gradient of the activation, it again, that of gate and up
-    mlp = t * e * (d + in_gate_up + d + in_down + f + f + 2 * f + in_gate_up)
-    mlp += 0 if "gate_up" in policy.keep else t * e * 2 * f
+    # the gradient with its margin, that of the activation, that of gate and up; the activation again, or sums
+    mlp = t * e * (d + in_down + f + 2 * f + in_gate_up)
+    mlp += sum_bytes(sizes) * max(t, SUMMED) if summed_together(sizes) else t * e * f
+    mlp += 0 if "gate_up" in policy.keep else t * e * (d + in_gate_up + 2 * f)  # normed m, gate and up
     if tokens > t:  # the last tile's gradients of gate and up, and of the norm's output, until the next are there
         mlp += t * e * (2 * f + in_gate_up + d)
     # do, dq dk dv; q and k rotated again where heads are normed; the kernel adds up dq in fp32, and dk and dv for each
@@ -260,15 +276,18 @@ def layer_seconds(sizes: Sizes, device: Device, policy: Policy, tokens: int, len
     inputs, outputs = d + q + d + f, w + d + 2 * f + d  # of all four projections
     # kernels of models/block.py, a layer's and a tile's; gradients of adapters are added to their own one by one
     launches, tile_launches = (3, 14) if sizes.rank else (3, 8)
-    back_launches, back_tile_launches = (19, 30) if sizes.rank else (5, 16)
+    back_launches, back_tile_launches = (19, 28) if sizes.rank else (5, 16)
+    together = summed_together(sizes)
 
     forward = product * sizes.layer_weights + scores / ATTENTION_FORWARD + weights
     forward += value * (6 * d + 2 * w + 2 * q + 3 * f)  # norms, rotation, attention's output beside its margin, SwiGLU
-    forward += skinny * inputs + GAP * (launches + tiles * tile_launches)
+    forward += skinny * (inputs - f) + GAP * (launches + tiles * tile_launches)  # down's in the activation's pass
 
     backward = product * sizes.layer_weights + 2.5 * scores / ATTENTION_BACKWARD + weights
-    backward += value * (12 * d + 2 * w + 6 * f)  # two norms again and backward, rotation, SwiGLU backward
+    backward += value * (10 * d + 2 * w + 6 * f)  # two norms again and backward, rotation, SwiGLU backward
     backward += skinny * (inputs + 2 * d + 2 * outputs) + GAP * (back_launches + tiles * back_tile_launches)
+    if together:  # neither the activation nor the gradient of gate and up are read again for these, but sums are
+        backward += 2 * sum_bytes(sizes) * tokens / device.memory - value * f - skinny * 3 * f - 3 * GAP * tiles
     if sizes.trained:  # the products of weights' gradients, and the gradients read and written for each tile
         backward += product * sizes.layer_weights + 2 * e * sizes.layer_weights * tiles / device.memory
     if "gate_up" not in policy.keep:
@@ -339,13 +358,16 @@ def choose(
     static += room(sizes)
     plans = [_choose(sizes, device, budget, static, passes, length, pinned) for pinned in (0.0, host)]
     if sizes.embedding and sizes.embedding <= host:
-        left, pinned = static - sizes.embedding, host - sizes.embedding
-        plans.append(_choose(sizes, device, budget, left, passes, length, pinned, embedding_on_host=True))
-    found = [plan for plan in plans if plan is not None]
-    if not found:
-        return None
-    fastest = min(plan.seconds_a_token for plan in found)
-    return next(plan for plan in found if plan.seconds_a_token <= (1 + WORTH) * fastest)
+        left = static - sizes.embedding
+        for pinned in (0.0, host - sizes.embedding):
+            plans.append(_choose(sizes, device, budget, left, passes, length, pinned, embedding_on_host=True))
+    return min((plan for plan in plans if plan is not None), key=partial(_cost, sizes), default=None)
+
+
+def _cost(sizes: Sizes, plan: Plan) -> float:
+    """Seconds a token, and a share of them for what is pinned."""
+    parked = sum(kept(sizes, policy, plan.tokens) for policy in plan.policies if policy.offload)
+    return plan.seconds_a_token * (1 + WORTH * (parked + sizes.embedding * plan.embedding_on_host) / GIB)
 
 
 def _choose(
@@ -374,7 +396,7 @@ def _choose(
             each = {p: (kept(tiled, p, tokens), sum(layer_seconds(tiled, device, p, tokens, length))) for p in EVERY}
             head = head_seconds(tiled, device, tokens)
             beside = static + head_working(tiled, tokens) + LIBRARIES
-            for counts, policies in _mixes(sizes.layers):
+            for counts, policies in _mixes(sizes.layers, offload=host > 0):
                 here = sum(n * each[p][0] for p, n in counts if not p.offload)
                 parked = sum(n * each[p][0] for p, n in counts if p.offload)
                 if beside + here < fitting and parked <= host:
@@ -395,7 +417,7 @@ def _choose(
         time = _pass_seconds(tiled, device, policies, tokens, length, count) / tokens + row
         if best is None or time < best.seconds_a_token:
             needed = static + _pass_peak(tiled, policies, tokens, count)
-            best = Plan(tokens, tile, policies, needed, time, count, embedding_on_host)
+            best = Plan(tokens, tile, policies, needed, time, count, embedding_on_host, static)
     return best
 
 
@@ -405,7 +427,8 @@ def leanest(sizes: Sizes, static: float, tokens: int) -> Plan:
     static += room(sizes) - sizes.embedding
     mixes = [{replace(p, offload=True): sizes.layers} for p in (MOST, ATTENTION, INPUT)]
     needed, policies = min(((peak(lean, static, mix, tokens), spread(mix)) for mix in mixes), key=lambda x: x[0])
-    return Plan(tokens, lean.tile, policies, needed, float("nan"), embedding_on_host=sizes.embedding > 0)
+    on_host = sizes.embedding > 0
+    return Plan(tokens, lean.tile, policies, needed, float("nan"), embedding_on_host=on_host, static=static)
 
 
 def _tiles(sizes: Sizes, tokens: int) -> list[int]:
@@ -415,11 +438,11 @@ def _tiles(sizes: Sizes, tokens: int) -> list[int]:
 
 
 @cache
-def _mixes(layers: int) -> list[tuple[tuple[tuple[Policy, int], ...], tuple[Policy, ...]]]:
+def _mixes(layers: int, *, offload: bool) -> list[tuple[tuple[tuple[Policy, int], ...], tuple[Policy, ...]]]:
     """What layers may keep, as counts and spread out.
 
     Some layers keep one set of values on the host and the others one or two on the device, or two on the host (which
-    together can fill the link) and one, of few layers, on the device.
+    together can fill the link) and one, of few layers, on the device. Without `offload`: none on the host.
     """
     step = max(1, layers // 16)
     counts = sorted({*range(0, layers + 1, step), layers})
@@ -434,6 +457,7 @@ def _mixes(layers: int) -> list[tuple[tuple[tuple[Policy, int], ...], tuple[Poli
         for full, here in product(counts, few)
     ]
     used = [tuple((p, n) for p, n in part if n) for part in parts if all(n >= 0 for _, n in part)]
+    used = [part for part in used if offload or not any(p.offload for p, _ in part)]
     return [(mix, spread(dict(mix))) for mix in {frozenset(mix): mix for mix in used}.values()]
 
 
