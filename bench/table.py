@@ -64,6 +64,7 @@ def finetune_row(line: Line, lines: list[Line]) -> list[str]:
         f"{line['step_s']['median']:.3g} ({line['step_s']['min']:.3g} to {line['step_s']['max']:.3g})",
         f"{line['peak_host_gib']:.2f} (host)" if peak is None else f"{peak:.2f}",
         f"{line['load_s']:.1f}",
+        f"{line['first_steps_s'][0]:.1f}" if line["first_steps_s"] else "-",
         *where(line),
     ]
 
@@ -189,6 +190,7 @@ KINDS: dict[str, tuple[list[str], Row]] = {
             "s a step (least to most)",
             "peak GiB",
             "load s",
+            "first step s",
             *ORIGIN,
         ],
         finetune_row,
