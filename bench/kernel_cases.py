@@ -167,15 +167,6 @@ def glu_backward(s: Sizes, on: Device, T: int) -> Work:
     return Work(lambda: glu_backward(dact, gate_up, "silu", act=act, out=out), [dact, gate_up], [act, out])
 
 
-def glu_lora(s: Sizes, on: Device, T: int) -> Work:
-    """What training runs where down has an adapter."""
-    from whet.kernels.glu_lora import glu_lora
-
-    gate_up, down, out = on.normal(T, 2 * s.F), on.normal(s.R, s.F), on.empty(T, s.F + s.R)
-    act, tail = out.split((s.F, s.R), dim=1)
-    return Work(lambda: glu_lora(gate_up, "silu", down, out=act, tail=tail), [gate_up, down], [out], 2 * T * s.F * s.R)
-
-
 def glu_backward_lora(s: Sizes, on: Device, T: int) -> Work:
     """What training runs where gate, up and down have adapters; their sums are read and written, as from the second
     pass of a step on."""
@@ -525,7 +516,7 @@ def cases(s: Sizes, tokens: Sequence[int], on: Device) -> list[Case]:
             add(norm, f"D={s.D}", T, T)
         for rotation in (rope, rope_backward):
             add(rotation, f"{s.H}+2x{s.G} heads of {s.d}", T, T)
-        for activation in (glu, glu_lora, glu_backward, glu_backward_lora):
+        for activation in (glu, glu_backward, glu_backward_lora):
             add(activation, f"F={s.F}", T, T)
         mixed = mixed_lengths(T, s.row)
         for lengths, name in (

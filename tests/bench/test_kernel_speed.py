@@ -45,7 +45,6 @@ HELPERS = {
     "stack_dense",
     "supported",
     "takes",
-    "takes_margin",
     "tune",
     "weight_scales",
 }
@@ -154,7 +153,6 @@ ADAPTER_BLOCKS = 2 * 14  # none has more than 256 values
         ("rope_backward", "", 2 * T * W, TABLES, 0),
         ("glu", "", 3 * T * 128, 0, 0),
         ("glu_backward", "", 6 * T * 128, 0, 0),
-        ("glu_lora", "", 3 * T * 128 + 16 * 128 + T * 16, 0, 2 * T * 128 * 16),
         ("glu_backward_lora", "", 5 * T * 128 + 3 * T * 2, 2 * 3 * 128 * 2 * 4, 3 * 2 * T * 128 * 2),
         ("dequantize_nf4", "64x128", 64 * 128, 64 * 64 + 128 + 16 * 4 + 256 * 4 + 4 + 4, 0),
         ("dequantize_nf4_fp8", "64x128", 0, 64 * 64 + 128 + 16 * 4 + 256 * 4 + 4 + 4 + 64 * 4 + 64 * 128, 0),

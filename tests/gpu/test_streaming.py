@@ -160,11 +160,10 @@ def test_what_is_read_ahead_has_a_limit(tmp_path: Path, monkeypatch: pytest.Monk
         reader.open(path)
         for name in tensors:
             x = reader.tensors[name][...]
-            x.sum().item()
+            x[-1].item()  # a sum would make a copy in int64
             del x
-    assert (
-        torch.cuda.max_memory_allocated(DEVICE) - before <= (32 + 4 * 8) * MB
-    )  # one asked for, and what threads are about to let go
+    held = torch.cuda.max_memory_allocated(DEVICE) - before
+    assert held <= (32 + 4 * 8) * MB  # one that is asked for, and what threads are about to let go
     assert torch.cuda.memory_allocated(DEVICE) == before
 
 

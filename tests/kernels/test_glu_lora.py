@@ -1,4 +1,4 @@
-"""The activation with products of adapters, both ways: against the two steps apart; the kernels, interpreted."""
+"""The activation's backward with adapters' gradients: against the two steps apart; the kernels, interpreted."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from whet.kernels.glu_lora import (
     Sum,
     glu_backward_lora,
     glu_backward_lora_reference,
-    glu_lora,
-    glu_lora_reference,
 )
 
 needs_interpreter = pytest.mark.skipif(
@@ -72,33 +70,6 @@ def test_reference(activation: str, add: bool) -> None:
     assert glu_backward_lora(dact, gate_up, activation, factors, sums, out=out) is out
     for got, exact in zip((out, *(s.total for s in sums)), wanted, strict=True):
         torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_forward_reference(activation: str) -> None:
-    """Catches a tail of values before they are multiplied by up."""
-    gate_up, down = normal(7, 22, dtype=torch.float64), normal(4, 11, dtype=torch.float64)
-    out, tail = torch.empty(7, 11, dtype=torch.float64), torch.empty(7, 4, dtype=torch.float64)
-    assert glu_lora(gate_up, activation, down, out=out, tail=tail) is out
-    torch.testing.assert_close(out, glu(gate_up, activation), rtol=0, atol=0)
-    torch.testing.assert_close(tail, out @ down.T, rtol=1e-12, atol=1e-12)
-
-
-@needs_interpreter
-@pytest.mark.parametrize("programs", [1, 6, 512])
-@pytest.mark.parametrize(("T", "F"), [(1, 1), (70, 200), (33, 130), (0, 8)])
-def test_forward_kernels(T: int, F: int, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches columns that no program takes or two do, and what lies beside a row."""
-    monkeypatch.setattr(module, "PROGRAMS", programs)
-    monkeypatch.setattr(module, "FORWARD_T", 32)
-    gate_up, down = strided(normal(T, 2 * F)), strided(normal(16, F, seed=1))
-    ae = torch.full((T, F + 16 + 2), float("nan"))
-    assert module.glu_lora_triton(gate_up, "silu", down, ae[:, :F], ae[:, F : F + 16]).shape == (T, F)
-    act, tail = torch.empty(T, F), torch.empty(T, 16)
-    glu_lora_reference(gate_up, "silu", down, act, tail)
-    torch.testing.assert_close(ae[:, :F], act, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(ae[:, F : F + 16], tail, rtol=1e-5, atol=1e-4)
-    assert ae[:, F + 16 :].isnan().all()
 
 
 SHAPES = [(1, 1, (1, 1, 1)), (5, 130, (4, 16, 8)), (150, 70, (8, 3, 17)), (0, 40, (2, 2, 2))]

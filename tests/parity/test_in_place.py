@@ -83,13 +83,12 @@ def test_the_adapters_gradients_are_those_that_autograd_adds(
     """Catches a gradient that goes to another part's adapter, is scaled twice or not at all, or is kept from a hook.
 
     Three passes: the first makes the gradients, others add to them. together: those of the MLP that a GPU sums in the
-    activation's backward, and its forward's product with A (kernels/glu_lora.py), in that order here too.
+    activation's backward (kernels/glu_lora.py), in that order here too.
     """
     found: list[dict[str, torch.Tensor]] = []
     heard, ran, kernel = 0, [], glu_backward_lora
     for in_place in (False, True):
         monkeypatch.setattr(block, "takes", lambda *_, now=together and in_place: now)
-        monkeypatch.setattr(block, "takes_margin", lambda *_, now=together and in_place: now)
         monkeypatch.setattr(block, "glu_backward_lora", lambda *args, **out: ran.append(kernel(*args, **out)))
         model = harness.whet_model(checkpoint(family), family, "nf4")
         harness.randomise_adapter(model)

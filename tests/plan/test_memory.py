@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from whet.kernels import cross_entropy, cublaslt, glu_lora
+from whet.kernels import cross_entropy, glu_lora
 from whet.models import head
 from whet.models.activations import ALL, ATTENTION, INPUT, MOST, Policy
 from whet.models.families import FamilySpec, LayerShape, Norm
 from whet.models.projection import Part, Projection
 from whet.plan import memory
 from whet.plan.fit import describe
-from whet.plan.memory import EVERY, GIB, HOPPER, Mix, Plan, Sizes
+from whet.plan.memory import EVERY, GIB, H200, HOPPER, Mix, Plan, Sizes
 
 NORM = Norm(nn.Parameter(torch.ones(1)), 1e-5)
 LLAMA_8B = LayerShape(
@@ -40,10 +40,10 @@ LLAMA_8B = LayerShape(
 SIZES = Sizes(LLAMA_8B, layers=32, vocabulary=128256, rank=16)
 SIZES_1B = replace(SIZES, shape=replace(LLAMA_8B, width=2048, hidden=8192, head_dim=64), layers=16)
 FULL_1B = replace(SIZES_1B, bits=16, rank=0, trained=True, trained_head=True)
+BF16, FP8 = replace(SIZES, bits=16), replace(SIZES, fp8=True)
 STATIC = 5.7 * GIB
 HOST = 64 * GIB
-RECORDED = replace(HOPPER, link=53e9, launch=0.0)  # of the H100 that the runs below were on
-A_STEP = 16384  # tokens of theirs
+RECORDED = replace(H200, link=54e9, launch=0.0)  # of the card that the runs below were on
 BESIDE_PASSES = 8e-3  # seconds a step of trainer and optimizer
 
 
@@ -51,16 +51,20 @@ def on_host(policy: Policy) -> Policy:
     return replace(policy, offload=True)
 
 
-# Steps of 8 rows of 2,048 on one H100, NF4, r=16, passes recorded: what layers kept, tokens of a pass and of a tile,
-# GiB that the plan counted as static, peak in GiB, tok/s.
+# Runs on one H200 with r=16, passes recorded (bench/results/fused.jsonl): rows of a step and their length, what layers
+# kept, tokens of a pass and of a tile, GiB that lay there all the time, layers whose weights were held, peak in GiB,
+# tok/s. The card ran 2 to 3% below the rates that plans assume.
 MEASURED = [
-    pytest.param(SIZES, {ALL: 22, on_host(ALL): 10}, 2048, 2048, 5.71, 10.64, 14449, id="8B-11.25GiB"),
-    pytest.param(SIZES, {on_host(ATTENTION): 32}, 2048, 1024, 5.71, 6.62, 11261, id="8B-6.77GiB"),
-]
-# Runs that were planned before they were measured (bench/results/fused.jsonl): mix, tokens, tile, peak in GiB.
-FORESEEN = [
-    pytest.param({on_host(MOST): 32}, 2048, 1024, 6.678, id="6.77GiB"),
-    pytest.param({on_host(MOST): 22, on_host(ATTENTION): 10}, 65536, 4096, 15.563, id="65,536"),
+    pytest.param(SIZES, 2048, {ALL: 22, on_host(ALL): 10}, 4096, 4096, 5.715, 15, 20.804, 17275, id="8B-21GiB"),
+    pytest.param(FP8, 2048, {ALL: 22, on_host(ALL): 10}, 4096, 4096, 5.71, 15, 20.693, 23448, id="8B-fp8"),
+    pytest.param(SIZES, 2048, {ALL: 22, on_host(ALL): 10}, 2048, 2048, 4.73, 4, 10.913, 16068, id="8B-11.25GiB"),
+    pytest.param(SIZES, 2048, {on_host(MOST): 32}, 8192, 2048, 4.74, 0, 6.501, 14193, id="8B-6.77GiB"),
+    pytest.param(BF16, 2048, {on_host(MOST): 30, MOST: 2}, 4096, 4096, 14.64, 0, 16.064, 14629, id="8B-16bit"),
+    pytest.param(SIZES, 16384, {on_host(MOST): 32}, 16384, 4096, 4.74, 2, 8.426, 10822, id="8B-16,384"),
+    pytest.param(
+        SIZES, 65536, {on_host(MOST): 22, on_host(ATTENTION): 10}, 65536, 4096, 5.71, 3, 16.812, 5668, id="8B-65,536"
+    ),
+    pytest.param(SIZES_1B, 2048, {MOST: 12, on_host(ALL): 3, ALL: 1}, 4096, 4096, 1.07, 0, 2.935, 81592, id="1B-3GiB"),
 ]
 
 
@@ -126,22 +130,26 @@ def test_what_cannot_fit_is_none_and_the_leanest_says_what_it_takes() -> None:
     assert 5.8 * GIB < lean.peak < memory.peak(SIZES, STATIC, {ALL: 32}, 4096)
 
 
-@pytest.mark.parametrize(("mix", "tokens", "tile", "peak"), FORESEEN)
-def test_peaks_were_foreseen(mix: Mix, tokens: int, tile: int, peak: float) -> None:
-    """Catches what only long rows show: buffers that grow with a pass and are nothing beside a layer's weights."""
-    planned = memory.peak(replace(SIZES, tile=tile), 5.748 * GIB, mix, tokens) / GIB
-    peak += cublaslt.WORKSPACE / GIB
-    assert peak <= planned <= 1.03 * peak
-
-
-@pytest.mark.parametrize(("sizes", "mix", "tokens", "tile", "_", "__", "speed"), MEASURED)
-def test_times_are_those_of_real_runs(
-    sizes: Sizes, mix: Mix, tokens: int, tile: int, _: float, __: float, speed: float
+@pytest.mark.parametrize(("sizes", "length", "mix", "tokens", "tile", "static", "held", "peak", "speed"), MEASURED)
+def test_peaks_and_times_are_those_of_real_runs(
+    sizes: Sizes,
+    length: int,
+    mix: Mix,
+    tokens: int,
+    tile: int,
+    static: float,
+    held: int,
+    peak: float,
+    speed: float,
 ) -> None:
-    """Catches a rate or a count of bytes that is wrong: plans of unlike kinds are then compared wrongly."""
-    passes = A_STEP // tokens
-    step = passes * memory.seconds(replace(sizes, tile=tile), RECORDED, mix, tokens, 2048) + BESIDE_PASSES
-    assert step == pytest.approx(A_STEP / speed, rel=0.04)
+    """Catches a buffer that is left out, which runs out of memory, one counted twice, which makes plans slower, and a
+    rate or a count of bytes that is wrong: plans of unlike kinds are then compared wrongly."""
+    tiled = replace(sizes, tile=tile)
+    planned = memory.peak(tiled, static * GIB, mix, tokens, held) / GIB
+    assert peak - 0.005 <= planned <= 1.03 * peak  # static is known to a hundredth
+    a_step = max(16384, length)
+    step = a_step // tokens * memory.seconds(tiled, RECORDED, mix, tokens, length, held) + BESIDE_PASSES
+    assert step == pytest.approx(a_step / speed, rel=0.05)
 
 
 def followed(sizes: Sizes, policies: tuple[Policy, ...], tokens: int) -> float:
@@ -279,6 +287,18 @@ def test_the_choice_is_the_fastest_of_all_mixes_that_fit(budget: float) -> None:
     expected, _ = min(fastest.values(), key=lambda found: found[0] * (1 + memory.WORTH * found[1] / GIB))
     assert plan is not None
     assert plan.seconds_a_token == pytest.approx(expected, rel=1e-12)
+
+
+def test_fp8_leaves_copies_less_time_to_hide_in() -> None:
+    """Catches a plan for FP8 made with the times of 16 bits: copies that hid there are waited for."""
+    parked = []
+    for sizes in (SIZES, FP8):
+        plan = memory.choose(sizes, RECORDED, 21 * GIB, STATIC, [4096], 2048, HOST)
+        assert plan is not None
+        parked.append(sum(policy.offload for policy in plan.policies))
+        copies = sum(memory.kept(sizes, p, 4096) for p in plan.policies if p.offload) / RECORDED.link
+        assert copies < 0.4 * plan.seconds_a_token * 4096
+    assert parked[0] > parked[1]
 
 
 def test_a_base_in_16_bits_has_room_for_its_adapters_all_the_time() -> None:

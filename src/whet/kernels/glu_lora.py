@@ -1,14 +1,13 @@
-"""The gated activation, forward and backward, and in the same pass those products with adapters that read it.
+"""The gated activation's backward, and in the same pass those gradients of adapters that read what it makes.
 
-    act = f(gate) * up       tail = act A^T                                    forward
+    dgate, dup  as in kernels/glu.py; act = f(gate) * up is computed again and never stored
     dA_down = g^T act        dB_gate = s dgate^T tail_gate        dB_up = s dup^T tail_up
 
-dgate and dup are as in kernels/glu.py; the backward computes act again and never stores it. A is down's, g the gradient
-of its adapter between A and B, tail_x = x A^T of gate's and up's. By itself each of these products reads again, from
-memory, as many values as the activation has just written; here they are multiplied on the way out. Products are of
-values rounded to gate_up's dtype, summed in fp32: within a program, then over programs in a fixed order.
-Shapes: gate_up [T, 2F], gate first; act, dact [T, F]; A, tail [R, F], [T, R], R columns of margin; g, tail_x [T, r],
-each of its own rank r; dA_down [r, F]; dB [F, r].
+g is the gradient of down's adapter between A and B, tail_x = x A^T of gate's and up's. By itself each of these products
+reads again, from memory, as many values as the activation has just written; here they are multiplied on the way out.
+Products are of values rounded to gate_up's dtype, summed in fp32: within a program over its rows, then over programs in
+a fixed order.
+Shapes: gate_up [T, 2F], gate first; dact [T, F]; g, tails [T, r], each of its own rank r; dA_down [r, F]; dB [F, r].
 """
 
 from __future__ import annotations
@@ -21,14 +20,12 @@ from torch import Tensor
 
 from whet.kernels._precision import wide_dtype
 from whet.kernels._triton import fused, jit, tl, triton
-from whet.kernels.glu import _f_and_derivative, glu_backward_reference, glu_reference
+from whet.kernels.glu import _f_and_derivative, glu_backward_reference
 
 MOST_RANKS = 128  # of all three together: sums that a program holds in registers
 BLOCK_T, BLOCK_F, WARPS, STAGES = 32, 64, 4, 3  # of 20 measured, some twice as slow
 ROWS = 512  # at most, of a program: its sums are written once
 SUM_COLUMNS = 64
-FORWARD_T, FORWARD_F, FORWARD_STAGES = 64, 64, 2
-PROGRAMS = 512  # about as many of the forward, whatever T
 
 
 class Sum(NamedTuple):
@@ -45,13 +42,6 @@ class Factors(NamedTuple):
     g_TR: Tensor
     gate_TR: Tensor
     up_TR: Tensor
-
-
-def glu_lora_reference(gate_up_T2F: Tensor, activation: str, down_RF: Tensor, out: Tensor, tail: Tensor) -> Tensor:
-    """`glu_lora` in torch."""
-    glu_reference(gate_up_T2F, activation, out)
-    tail.copy_(out.to(wide_dtype(out.dtype)) @ down_RF.to(wide_dtype(out.dtype)).T)
-    return out
 
 
 def glu_backward_lora_reference(
@@ -77,51 +67,16 @@ def _put(product: Tensor, sum_: Sum) -> None:
 
 
 @jit
-def _glu_lora_kernel(
-    gate_up, out, down, partials, gate_up_stride, out_stride, down_stride, T, F, blocks,
-    ACTIVATION: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
-):  # fmt: skip
-    """One program: BLOCK_T tokens, and `blocks` times BLOCK_F columns."""
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    row, there = t.to(tl.int64)[:, None], (t < T)[:, None]
-    group = tl.program_id(1)
-    j = tl.arange(0, R)[:, None]
-    tail = tl.zeros((R, BLOCK_T), tl.float32)
-    for block in range(blocks):
-        column = (group * blocks + block) * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
-        inside = column < F
-        place = gate_up + row * gate_up_stride + column
-        z = tl.load(place, mask=there & inside, other=0.0).to(tl.float32)
-        u = tl.load(place + F, mask=there & inside, other=0.0).to(tl.float32)
-        a = tl.load(down + j * down_stride + column, mask=inside, other=0.0)
-        f, _ = _f_and_derivative(z, ACTIVATION)
-        act = (f * u).to(out.dtype.element_ty)
-        tl.store(out + row * out_stride + column, act, mask=there & inside)
-        tail = tl.dot(a, tl.trans(act), tail, input_precision="ieee")
-    tl.store(partials + (group.to(tl.int64) * R + j) * T + t[None, :], tail, mask=(t < T)[None, :])
-
-
-@jit
-def _sum_tails_kernel(partials, tail, tail_stride, T, groups, R: tl.constexpr, BLOCK_T: tl.constexpr):
-    """One program: BLOCK_T tokens' tails."""
-    t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T))[None, :]
-    j = tl.arange(0, R)[:, None]
-    total = tl.zeros((R, BLOCK_T), tl.float32)
-    for group in range(groups):
-        total += tl.load(partials + (tl.cast(group, tl.int64) * R + j) * T + t, mask=t < T, other=0.0)
-    tl.store(tail + t.to(tl.int64) * tail_stride + j, total.to(tail.dtype.element_ty), mask=t < T)
-
-
-@jit
 def _glu_backward_lora_kernel(
     dact, gate_up, out, g, gate_tail, up_tail, partials,
-    dact_stride, gate_up_stride, out_stride, g_stride, gate_stride, up_stride, T, F, r_down, r_gate, r_up, rows,
-    ACTIVATION: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
+    dact_stride, gate_up_stride, out_stride, g_stride, gate_stride, up_stride, T, F, rows,
+    ACTIVATION: tl.constexpr, r_down: tl.constexpr, r_gate: tl.constexpr, r_up: tl.constexpr, R: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_F columns of `rows` tokens, each read before it is written: out may be gate_up.
 
     The three products share one sum [R, BLOCK_F]: down's rows come first, then gate's, then up's, and each factor is
-    zero where another's rows are.
+    zero where another's rows are. Ranks are constants, so that a factor's row is read at once, not value by value.
     """
     column = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     first = tl.program_id(1) * rows
@@ -183,23 +138,6 @@ def _sum_partials_kernel(
     tl.store(up + i * r_up + k, old + s_up * total, mask=of)
 
 
-def glu_lora_triton(gate_up_T2F: Tensor, activation: str, down_RF: Tensor, out: Tensor, tail: Tensor) -> Tensor:
-    """`glu_lora` in two launches. R must be a power of two here."""
-    T, F, R = out.shape[0], out.shape[1], down_RF.shape[0]
-    if T == 0:
-        return out
-    tiles, columns = triton.cdiv(T, FORWARD_T), triton.cdiv(F, FORWARD_F)
-    blocks = triton.cdiv(columns, min(columns, triton.cdiv(PROGRAMS, tiles)))
-    groups = triton.cdiv(columns, blocks)
-    partials = torch.empty(groups, R, T, device=out.device, dtype=torch.float32)
-    _glu_lora_kernel[(tiles, groups)](
-        gate_up_T2F, out, down_RF, partials, gate_up_T2F.stride(0), out.stride(0), down_RF.stride(0), T, F, blocks,
-        ACTIVATION=activation, R=R, BLOCK_T=FORWARD_T, BLOCK_F=FORWARD_F, num_warps=4, num_stages=FORWARD_STAGES,
-    )  # fmt: skip
-    _sum_tails_kernel[(triton.cdiv(T, 32),)](partials, tail, tail.stride(0), T, groups, R=R, BLOCK_T=32, num_warps=4)
-    return out
-
-
 def glu_backward_lora_triton(
     dact_TF: Tensor, gate_up_T2F: Tensor, activation: str, factors: Factors, sums: tuple[Sum, Sum, Sum], out: Tensor
 ) -> Tensor:
@@ -212,8 +150,9 @@ def glu_backward_lora_triton(
     partials = torch.empty(splits, sum(ranks), F, device=out.device, dtype=torch.float32)
     _glu_backward_lora_kernel[(triton.cdiv(F, BLOCK_F), splits)](
         dact_TF, gate_up_T2F, out, *factors, partials,
-        dact_TF.stride(0), gate_up_T2F.stride(0), out.stride(0), *(x.stride(0) for x in factors), T, F, *ranks, rows,
-        ACTIVATION=activation, R=R, BLOCK_T=BLOCK_T, BLOCK_F=BLOCK_F, num_warps=WARPS, num_stages=STAGES,
+        dact_TF.stride(0), gate_up_T2F.stride(0), out.stride(0), *(x.stride(0) for x in factors), T, F, rows,
+        ACTIVATION=activation, r_down=ranks[0], r_gate=ranks[1], r_up=ranks[2], R=R,
+        BLOCK_T=BLOCK_T, BLOCK_F=BLOCK_F, num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     _sum_partials_kernel[(triton.cdiv(F, SUM_COLUMNS),)](
         partials, *(s.total for s in sums), *(s.scale for s in sums), *(int(s.add) for s in sums), *ranks, F, splits,
@@ -225,22 +164,6 @@ def glu_backward_lora_triton(
 def takes(gate_up_T2F: Tensor, ranks: Sequence[int]) -> bool:
     """Whether this pays here: on a GPU with Triton, where the sums fit in registers. Elsewhere products go apart."""
     return fused(gate_up_T2F) and sum(ranks) <= MOST_RANKS
-
-
-def takes_margin(gate_up_T2F: Tensor, R: int) -> bool:
-    """The same of the forward."""
-    return fused(gate_up_T2F) and R in (64, 128)
-
-
-def glu_lora(gate_up_T2F: Tensor, activation: str, down_RF: Tensor, *, out: Tensor, tail: Tensor) -> Tensor:
-    """f(gate) * up into `out` [T, F], and its product with A^T into `tail` [T, R]; any row strides.
-
-    ValueError: shapes or strides.
-    """
-    T, F, R = gate_up_T2F.shape[0], gate_up_T2F.shape[1] // 2, down_RF.shape[0]
-    _check((gate_up_T2F, (T, 2 * F)), (down_RF, (R, F)), (out, (T, F)), (tail, (T, R)))
-    run = glu_lora_triton if takes_margin(gate_up_T2F, R) else glu_lora_reference
-    return run(gate_up_T2F, activation, down_RF, out, tail)
 
 
 def glu_backward_lora(

@@ -26,7 +26,7 @@ from torch import Tensor
 from whet.kernels._precision import wide_dtype
 from whet.kernels.attention import Documents, Rows, attention, attention_backward
 from whet.kernels.glu import glu, glu_backward
-from whet.kernels.glu_lora import Factors, Sum, glu_backward_lora, glu_lora, takes, takes_margin
+from whet.kernels.glu_lora import Factors, Sum, glu_backward_lora, takes
 from whet.kernels.rms_norm import rms_norm, rms_norm_backward
 from whet.kernels.rope import rope, rope_backward
 from whet.models.families import LayerShape, Norm
@@ -289,13 +289,9 @@ class Block:
         return xe[:, p.columns : p.columns + p.rank]
 
     def activated(self, gate_up: Tensor, de: Weights) -> Tensor:
-        ae, columns = gate_up.new_empty(gate_up.shape[0], de.width_in), self.p.down.columns
-        act, tail = ae[:, :columns], ae[:, columns:]
-        if not takes_margin(gate_up, tail.shape[1]):
-            glu(gate_up, self.shape.activation, out=act)
-            return self.fill_margin(ae, self.p.down, de)
-        glu_lora(gate_up, self.shape.activation, de.down.T, out=act, tail=tail)
-        return self.fill_bias(ae, self.p.down)
+        ae = gate_up.new_empty(gate_up.shape[0], de.width_in)
+        glu(gate_up, self.shape.activation, out=ae[:, : self.p.down.columns])
+        return self.fill_margin(ae, self.p.down, de)
 
     def gradients(
         self, p: Projection, dye: Tensor, x: Tensor | None, tail: Tensor, **made: list[Sum] | None

@@ -52,6 +52,7 @@ def sizes_of(model: nn.Module) -> Sizes | None:
         trained,
         head_trains,
         float(bytes_of(movable_embedding(model))),
+        fp8=shared.fp8,
     )
 
 

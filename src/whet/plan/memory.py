@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import combinations, pairwise, product
+from math import log2
 
 from whet.models.activations import ALL, ATTENTION, INPUT, MOST, Policy
 from whet.models.families import LayerShape
@@ -28,17 +29,18 @@ HEAD_ROWS = 4096  # of the gradient that the head hands down, which are scaled a
 # directly (kernels/cublaslt.py); the rest is what four measured peaks
 # leave (tests/plan/test_memory.py): cuDNN's, tables of positions, the batch.
 LIBRARIES = 160 * 2**20
-# Above so many tokens a pass takes one more value of the width a token, and 80 MiB: measured peaks at 16,384 and 65,536
-# tokens say so, at 4,096 they do not. Who holds them is not known.
+# From so many tokens on a pass takes one more value of the width a token, and 80 MiB: measured peaks at 8,192, 16,384
+# and 65,536 tokens say so, at 4,096 they do not. Who holds them is not known.
 LONG = 8192
 
 # kernels/glu_lora.py: tokens whose products one program sums, and the most ranks that it takes.
 SUMMED, MOST_RANKS = 512, 128
 
-# Rates as parts of the device's own, measured on an H100. Attention: 480 TFLOP/s forward, 338 backward, of 700.
+# Rates as parts of the device's own. Attention: 480 TFLOP/s forward, 340 to 360 backward, of 700, in rows of 2,048;
+# longer ones come nearer (steps of 16,384 and 65,536 tokens: 480 and 525 TFLOP/s for both together).
 # Adapters' products, whose one side is tens wide, reach 0.8 of the memory's rate, and so does dequantization (0.83).
 # The link, assumed: a tenth is lost in gaps between one tensor's copy and the next.
-ATTENTION_FORWARD, ATTENTION_BACKWARD = 0.69, 0.48
+ATTENTION_FORWARD, ATTENTION_BACKWARD = (0.69, 0.03), (0.48, 0.045)  # in rows of 2,048; for each doubling
 SKINNY = 0.8
 LINK = 0.9
 # What a plan must gain, as a part of its time, for each GiB of host memory that it pins: that takes about a quarter of
@@ -54,6 +56,8 @@ GAP = 4e-6
 class Device:
     """Rates that the estimate uses: FLOP/s of matrix products, bytes/s of memory, and of the link to the host.
 
+    fp8: FLOP/s of products in FP8.
+
     launch: seconds of the host for a layer's forward and backward pass, for which short passes wait; 0 where they are
     recorded (train/pass_graph.py).
     """
@@ -62,6 +66,7 @@ class Device:
     memory: float
     link: float
     launch: float = 5.8e-3
+    fp8: float = 1440e12
 
 
 Mix = Mapping[Policy, int]  # how many layers have each
@@ -81,7 +86,7 @@ class Sizes:
     """What of a model the plan depends on. rank: of each projection's adapter (0: none); bits: of the base's weights.
 
     trained: whether these train themselves. trained_head: whether the output head does. embedding: bytes of the input
-    embedding that may wait in host memory.
+    embedding that may wait in host memory. fp8: products with the base are in FP8.
     """
 
     shape: LayerShape
@@ -94,6 +99,7 @@ class Sizes:
     trained_head: bool = False
     embedding: float = 0.0
     tile: int = 4096
+    fp8: bool = False
 
     @property
     def q(self) -> int:
@@ -188,7 +194,7 @@ def layer_working(sizes: Sizes, policy: Policy, tokens: int) -> float:
     in_qkv, in_o, in_gate_up, in_down = (_margin(sizes, parts) for parts in (3, 1, 2, 1))
     t = min(tokens, sizes.tile)
     flow = tokens * e * (d + in_down + d + in_o)  # the gradient that came in, and that of m
-    if tokens > LONG:
+    if tokens >= LONG:
         flow += tokens * e * d + 80 * 2**20
     again = kept(sizes, MOST, tokens) - kept(sizes, policy, tokens) if "qkv" not in policy.keep else 0
     weights = dequantized(sizes) if sizes.bits < 16 else 0.0  # for a whole pass
@@ -259,7 +265,15 @@ def dequantization_seconds(sizes: Sizes, device: Device) -> float:
     """Of a layer, once."""
     if sizes.bits == 16:
         return 0.0
-    return sizes.layer_weights * (sizes.bits / 8 + sizes.element) / (SKINNY * device.memory)
+    return sizes.layer_weights * (sizes.bits / 8 + (1 if sizes.fp8 else sizes.element)) / (SKINNY * device.memory)
+
+
+def attention_seconds(sizes: Sizes, device: Device, tokens: int, length: int) -> tuple[float, float]:
+    """Of a layer's attention forward and backward, in documents of `length`."""
+    scores = 4 * tokens * (length / 2) * sizes.q / device.matrix
+    doublings = min(max(log2(length / 2048), -4), 6)
+    forward, backward = (at + more * doublings for at, more in (ATTENTION_FORWARD, ATTENTION_BACKWARD))
+    return scores / forward, 2.5 * scores / backward
 
 
 @cache
@@ -269,9 +283,10 @@ def layer_seconds(sizes: Sizes, device: Device, policy: Policy, tokens: int, len
     d, f, q, w = s.width, s.hidden, sizes.q, sizes.qkv
     tiles = -(-tokens // sizes.tile)
     product = 2 * tokens / device.matrix  # for each element of a weight
+    base = 2 * tokens / device.fp8 if sizes.fp8 else product  # of one that is frozen
     value = tokens * e / device.memory  # to read or write, for each column
     skinny = value / SKINNY if sizes.rank else 0.0  # for each column that a product with an adapter reads
-    scores = 4 * tokens * (length / 2) * q / device.matrix
+    attention, attention_back = attention_seconds(sizes, device, tokens, length)
     weights = dequantization_seconds(sizes, device)
     inputs, outputs = d + q + d + f, w + d + 2 * f + d  # of all four projections
     # kernels of models/block.py, a layer's and a tile's; gradients of adapters are added to their own one by one
@@ -279,24 +294,27 @@ def layer_seconds(sizes: Sizes, device: Device, policy: Policy, tokens: int, len
     back_launches, back_tile_launches = (19, 28) if sizes.rank else (5, 16)
     together = summed_together(sizes)
 
-    forward = product * sizes.layer_weights + scores / ATTENTION_FORWARD + weights
+    forward = base * sizes.layer_weights + attention + weights
     forward += value * (6 * d + 2 * w + 2 * q + 3 * f)  # norms, rotation, attention's output beside its margin, SwiGLU
-    forward += skinny * (inputs - f) + GAP * (launches + tiles * tile_launches)  # down's in the activation's pass
+    forward += skinny * inputs + GAP * (launches + tiles * tile_launches)
 
-    backward = product * sizes.layer_weights + 2.5 * scores / ATTENTION_BACKWARD + weights
+    backward = base * sizes.layer_weights + attention_back + weights
     backward += value * (10 * d + 2 * w + 6 * f)  # two norms again and backward, rotation, SwiGLU backward
     backward += skinny * (inputs + 2 * d + 2 * outputs) + GAP * (back_launches + tiles * back_tile_launches)
     if together:  # neither the activation nor the gradient of gate and up are read again for these, but sums are
         backward += 2 * sum_bytes(sizes) * tokens / device.memory - value * f - skinny * 3 * f - 3 * GAP * tiles
+    if sizes.fp8:  # what is multiplied is quantized, and the adapter's share written apart and read again
+        forward += value * (1.5 * inputs + 2 * outputs)
+        backward += value * (1.5 * outputs + 2 * inputs)
     if sizes.trained:  # the products of weights' gradients, and the gradients read and written for each tile
         backward += product * sizes.layer_weights + 2 * e * sizes.layer_weights * tiles / device.memory
     if "gate_up" not in policy.keep:
-        backward += product * 2 * d * f + GAP * tiles
+        backward += base * 2 * d * f + GAP * tiles
     if "qkv" not in policy.keep:
-        backward += product * d * (w + q) + value * (4 * d + 2 * w + 2 * q) + skinny * (d + q)
+        backward += base * d * (w + q) + value * (4 * d + 2 * w + 2 * q) + skinny * (d + q)
         backward += GAP * (1 + tiles * 7)
     if "o" not in policy.keep:
-        backward += scores / ATTENTION_FORWARD
+        backward += attention
     if policy.offload:  # copies take their part of the memory's rate
         copied = kept(sizes, policy, tokens) / device.memory
         forward, backward = forward + copied, backward + copied
