@@ -38,6 +38,7 @@ CHUNK_BYTES = 256 << 20  # 1,024 rows of 128,256: 128 tiles for the product with
 ROWS = 128  # chunks are multiples of it, which GEMM tiles divide
 LEAST_ROWS = 256  # with fewer rows a chunk's GEMMs wait for W from memory
 LEAST_COLUMNS = 1024  # of dW's chunks: with fewer they wait for h, and dW's GEMM has too few tiles for all cores
+WIDTH = 8  # columns of a thread in a block: one load of 16 bytes
 ALIGNED = (
     64  # elements; the width of the logits buffer is a multiple of it, so that every row can be read in wide loads
 )
@@ -98,12 +99,40 @@ def _tanh_parts(x):
 
 
 @jit
-def _capped(u, softcap, HAS_SOFTCAP: tl.constexpr):
-    """z of the scaled logits u."""
+def _slope(words, scale, softcap, HAS_SCALE: tl.constexpr):
+    """dz / d(scaled logit) under a soft cap."""
+    u = words.to(tl.float32)
+    if HAS_SCALE:
+        u = u * scale
+    _t, slope = _tanh_parts(u / softcap)
+    return slope
+
+
+@jit
+def _logits(words, scale, softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """z of what the product gave."""
+    z = words.to(tl.float32)
+    if HAS_SCALE:
+        z = z * scale
     if HAS_SOFTCAP:
-        t, _slope = _tanh_parts(u / softcap)
-        return t * softcap
-    return u
+        t, _slope = _tanh_parts(z / softcap)
+        z = t * softcap
+    return z
+
+
+@jit
+def _fold(z, m_L, s_L, zs_L, LOG2_E: tl.constexpr):
+    """Add a block [L, W] to the sums of L lanes: m is the largest z, s and zs those of 2^d and 2^d d, d = (z - m) / ln 2.
+
+    d is one multiplication and sum, rounded once; that m / ln 2 was rounded before falls out of every quotient.
+    """
+    new_m_L = tl.maximum(m_L, tl.max(z, axis=1))
+    d = z * LOG2_E - (new_m_L * LOG2_E)[:, None]
+    e = tl.exp2(d)
+    shift_L = m_L * LOG2_E - new_m_L * LOG2_E
+    rescale_L = tl.exp2(shift_L)
+    zs_L = (zs_L + s_L * shift_L) * rescale_L + tl.sum(e * d, axis=1)
+    return new_m_L, s_L * rescale_L + tl.sum(e, axis=1), zs_L
 
 
 @jit
@@ -118,75 +147,92 @@ def _log_probs_kernel(
     V,
     scale,
     softcap,
+    HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     STORE_LSE: tl.constexpr,
     NEED_GRAD: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     # One program a row. Loads and stores are masked by the row stride, which is divisible by 64, not by V: an odd V
     # would forbid wide ones. Columns from V to the stride belong to the buffer and count for nothing.
+    BLOCK: tl.constexpr = LANES * WIDTH
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    LN_2: tl.constexpr = 0.6931471805599453
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * row_stride
     label = tl.load(labels_ptr + row)
     in_range = (label >= 0) & (label < V)
-    u_label = tl.load(row_ptr + label, mask=in_range, other=float("nan")).to(tl.float32) * scale
-    z_label = _capped(u_label, softcap, HAS_SOFTCAP)
-    columns = tl.arange(0, BLOCK)
+    label = tl.where(in_range, label, 0).to(tl.int32)
+    word = tl.load(row_ptr + label)
+    z_label = tl.where(in_range, _logits(word, scale, softcap, HAS_SCALE, HAS_SOFTCAP), float("nan"))
+    columns = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
 
-    # Each lane has a maximum of its own: one of the block would have all warps wait for each other at every block.
-    # It starts finite, so that the first rescale is exp(-large) = 0 and not exp(-inf + inf).
-    m_B = tl.full((BLOCK,), -1e38, tl.float32)
-    s_B = tl.zeros((BLOCK,), tl.float32)
-    zs_B = tl.zeros((BLOCK,), tl.float32)
-    beaten_B = tl.zeros((BLOCK,), tl.int32)
+    # A lane is a thread's WIDTH columns of each block, with a maximum of its own: one of the block would have all warps
+    # wait for each other. It starts finite, so that the first rescale is 2^-large = 0 and not 2^(-inf + inf). Whole
+    # blocks before the label's come first: where their largest is no less than the label's, this is not the first of
+    # the largest. In each loop the next block is on its way while this one is reduced.
+    m_L = tl.full((LANES,), -1e30, tl.float32)
+    s_L = tl.zeros((LANES,), tl.float32)
+    zs_L = tl.zeros((LANES,), tl.float32)
+    whole = V // BLOCK * BLOCK
+    middle = label // BLOCK * BLOCK
     ahead = tl.load(row_ptr + columns, mask=columns < row_stride, other=0.0)
-    for start in range(0, V, BLOCK):
-        offsets = start + columns
-        inside = offsets < V
-        u = ahead.to(tl.float32) * scale
-        # The next block is on its way while this one is reduced.
-        ahead = tl.load(row_ptr + offsets + BLOCK, mask=offsets + BLOCK < row_stride, other=0.0)
-        beaten_B |= (inside & ((u > u_label) | ((u == u_label) & (offsets < label)))).to(tl.int32)
-        z = _capped(u, softcap, HAS_SOFTCAP)
-        new_m_B = tl.maximum(m_B, tl.where(inside, z, -1e38))
-        d = z - new_m_B
-        e = tl.where(inside, tl.exp(d), 0.0)
-        rescale = tl.exp(m_B - new_m_B)
-        zs_B = (zs_B + s_B * (m_B - new_m_B)) * rescale + e * tl.where(inside, d, 0.0)
-        s_B = s_B * rescale + e
-        m_B = new_m_B
-    m = tl.max(m_B, axis=0)
-    rescale = tl.exp(m_B - m)
-    zs = tl.sum((zs_B + s_B * (m_B - m)) * rescale, axis=0)
-    s = tl.sum(s_B * rescale, axis=0)
+    for start in range(0, middle, BLOCK):
+        z = _logits(ahead, scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+        ahead = tl.load(row_ptr + start + BLOCK + columns, mask=start + BLOCK + columns < row_stride, other=0.0)
+        m_L, s_L, zs_L = _fold(z, m_L, s_L, zs_L, LOG2_E)
+    z = _logits(ahead, scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+    ahead = tl.load(row_ptr + middle + BLOCK + columns, mask=middle + BLOCK + columns < row_stride, other=0.0)
+    tied = (z == z_label) & (middle + columns < label)
+    beaten = (tl.max(m_L, axis=0) >= z_label) | (tl.max(tl.max(tied.to(tl.int32), axis=1), axis=0) > 0)
+    m_L, s_L, zs_L = _fold(tl.where(middle + columns < V, z, -1e30), m_L, s_L, zs_L, LOG2_E)
+    for start in range(middle + BLOCK, whole, BLOCK):
+        z = _logits(ahead, scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+        ahead = tl.load(row_ptr + start + BLOCK + columns, mask=start + BLOCK + columns < row_stride, other=0.0)
+        m_L, s_L, zs_L = _fold(z, m_L, s_L, zs_L, LOG2_E)
+    if (whole > middle) & (whole < V):
+        z = _logits(ahead, scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+        m_L, s_L, zs_L = _fold(tl.where(whole + columns < V, z, -1e30), m_L, s_L, zs_L, LOG2_E)
+    m = tl.max(m_L, axis=0)
+    shift_L = m_L * LOG2_E - m * LOG2_E
+    rescale_L = tl.exp2(shift_L)
+    zs = tl.sum((zs_L + s_L * shift_L) * rescale_L, axis=0)
+    s = tl.sum(s_L * rescale_L, axis=0)
     inverse_s = 1.0 / s
-    log_prob = (z_label - m) - tl.log(s)
+    d_label = z_label * LOG2_E - m * LOG2_E
+    log_prob = (d_label - tl.log2(s)) * LN_2
     tl.store(log_prob_ptr + row, log_prob)
-    tl.store(entropy_ptr + row, tl.log(s) - zs / s)
+    tl.store(entropy_ptr + row, (tl.log2(s) - zs / s) * LN_2)
     if STORE_LSE:
-        tl.store(lse_ptr + row, m + tl.log(s))
-    beaten = tl.max(beaten_B, axis=0)
-    tl.store(top1_ptr + row, (beaten == 0) & (log_prob == log_prob))
+        tl.store(lse_ptr + row, m * LOG2_E * LN_2 + tl.log2(s) * LN_2)
+    tl.store(top1_ptr + row, (m <= z_label) & (beaten == 0) & (log_prob == log_prob))
 
     if NEED_GRAD:
-        # From the end to the start: the last blocks of the row are still in cache.
+        # From the end to the start: the last blocks of the row are still in cache. The label's own one comes last.
         blocks = tl.cdiv(V, BLOCK)
         last = (blocks - 1) * BLOCK + columns
         ahead = tl.load(row_ptr + last, mask=last < row_stride, other=0.0)
         for i in range(0, blocks):
             offsets = last - i * BLOCK
-            inside = offsets < V
-            u = ahead.to(tl.float32) * scale
+            words = ahead
             ahead = tl.load(
                 row_ptr + offsets - BLOCK, mask=(offsets >= BLOCK) & (offsets - BLOCK < row_stride), other=0.0
             )
+            grad = -tl.exp2(_logits(words, scale, softcap, HAS_SCALE, HAS_SOFTCAP) * LOG2_E - m * LOG2_E) * inverse_s
             if HAS_SOFTCAP:
-                t, slope = _tanh_parts(u / softcap)
-                grad = (tl.where(offsets == label, 1.0, 0.0) - tl.exp(t * softcap - m) * inverse_s) * slope
-            else:
-                grad = tl.where(offsets == label, 1.0, 0.0) - tl.exp(u - m) * inverse_s
-            grad = tl.where(inside, grad * scale, 0.0)
+                grad = grad * _slope(words, scale, softcap, HAS_SCALE)
+            if HAS_SCALE:
+                grad = grad * scale
+            grad = tl.where(offsets < V, grad, 0.0)
             tl.store(row_ptr + offsets, grad.to(logits_ptr.dtype.element_ty), mask=offsets < row_stride)
+        grad = 1.0 - tl.exp2(d_label) * inverse_s
+        if HAS_SOFTCAP:
+            grad = grad * _slope(word, scale, softcap, HAS_SCALE)
+        if HAS_SCALE:
+            grad = grad * scale
+        tl.debug_barrier()
+        tl.store(row_ptr + label, grad.to(logits_ptr.dtype.element_ty), mask=in_range)
 
 
 def log_probs_of_logits_triton(
@@ -202,7 +248,7 @@ def log_probs_of_logits_triton(
     N, V = logits_NV.shape
     if N == 0:
         return
-    block = min(4096, max(128, triton.next_power_of_2(V)))
+    lanes = min(512, max(32, triton.next_power_of_2(V) // WIDTH))
     _log_probs_kernel[(N,)](
         logits_NV,
         labels_N,
@@ -214,11 +260,13 @@ def log_probs_of_logits_triton(
         V,
         float(scale),
         float(softcap or 1.0),
+        HAS_SCALE=scale != 1.0,
         HAS_SOFTCAP=softcap is not None,
         STORE_LSE=out.lse_N is not None,
         NEED_GRAD=need_grad,
-        BLOCK=block,
-        num_warps=max(4, block // 256),
+        LANES=lanes,
+        WIDTH=WIDTH,
+        num_warps=lanes // 32,
     )
 
 
