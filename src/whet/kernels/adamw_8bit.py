@@ -10,9 +10,9 @@ weight in bf16 is rounded at random, by the bits that kernels/stochastic_round.p
 Where v would not be finite (a gradient that is infinite, NaN, or whose square is too large) a value keeps its weight
 and moments, and its neighbours are updated.
 
-Moments are the reference's to the bit, since no product is fused into a sum. The square roots are the device's fast ones,
-2 units of the last place from the exact, so an update of a weight is as near before it is rounded. sqrt(v) + c2 e counts
-as 3e-19 at least, whose square fp32 still holds.
+Moments are the reference's to the bit, since no product is fused into a sum. The square roots are the device's fast
+ones, 2 units of the last place from the exact, so an update of a weight is as near before it is rounded. sqrt(v) + c2 e
+counts as 3e-19 at least, whose square fp32 still holds.
 
 The nearest number is looked up: the upper 16 bits of fp32 (sign, exponent, 7 bits of the mantissa) name a cell, and a
 table holds where the cell's lowest value goes. Numbers of a map must be so far apart that at most one middle between

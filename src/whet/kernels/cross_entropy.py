@@ -122,7 +122,7 @@ def _logits(words, scale, softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.cons
 
 @jit
 def _fold(z, m_L, s_L, zs_L, LOG2_E: tl.constexpr):
-    """Add a block [L, W] to the sums of L lanes: m is the largest z, s and zs those of 2^d and 2^d d, d = (z - m) / ln 2.
+    """Add a block [L, W] to L lanes' sums: m is the largest z, s and zs sum 2^d and 2^d d, where d = (z - m) / ln 2.
 
     d is one multiplication and sum, rounded once; that m / ln 2 was rounded before falls out of every quotient.
     """
