@@ -314,9 +314,9 @@ def _logits_gradient_kernel(
     onehot = tl.where(columns == label, 1.0, 0.0)
     if HAS_SOFTCAP:
         t, slope = _tanh_parts(u / softcap)
-        grad = (onehot - tl.exp(t * softcap - lse)) * slope * factor
+        grad = (onehot - tl.exp2((t * softcap - lse) * 1.4426950408889634)) * slope * factor
     else:
-        grad = (onehot - tl.exp(u - lse)) * factor
+        grad = (onehot - tl.exp2((u - lse) * 1.4426950408889634)) * factor
     tl.store(row_ptr + columns, grad.to(logits_ptr.dtype.element_ty), mask=mask)
 
 
