@@ -14,7 +14,7 @@ from tests.parity.families import write_checkpoint
 from whet import FastLanguageModel
 from whet.models import fused
 from whet.models.activations import ALL, INPUT, MOST
-from whet.plan import fit
+from whet.plan import fit, memory
 from whet.plan.memory import GIB, Plan
 
 
@@ -58,7 +58,8 @@ def test_every_way_to_cut_a_step_is_offered_and_the_chosen_one_set(model: Any, p
     asked = planned(Plan(32, 512, (INPUT, MOST), GIB, 1e-6))
     settings = config()
     fit.fit_to_memory(model, settings, 3.0 * GIB)
-    assert asked == [([32, 64, 96, 192], 32, {"optimizer": "adamw_8bit", "budget": 3.0 * GIB, "recorded": False})]
+    options = {"optimizer": "adamw_8bit", "budget": 3.0 * GIB, "recorded": False, "layerwise": False}
+    assert asked == [([32, 64, 96, 192], 32, options)]
     assert (settings.per_device_train_batch_size, settings.gradient_accumulation_steps) == (1, 6)
     shared = fused.shared_of(model)
     assert shared is not None
@@ -112,3 +113,35 @@ def test_a_model_that_is_not_fused_has_no_plan(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, "llama")
     eight_bit, _ = FastLanguageModel.from_pretrained(str(folder), load_in_4bit=False, load_in_8bit=True)
     assert fit.sizes_of(eight_bit) is None
+
+
+def test_updates_layer_by_layer_are_planned_for_the_whole_step_s_pass_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches gradients of all layers counted where one layer's are there, or one layer's where a step has passes."""
+    loaded, _ = FastLanguageModel.from_pretrained(
+        str(write_checkpoint(tmp_path, "llama")), full_finetuning=True, dtype=torch.float32, max_seq_length=64
+    )
+    asked: list[tuple[float, list[int], float]] = []
+
+    def choose(sizes: Any, device: Any, budget: float, static: float, passes: list[int], *_: Any) -> Plan:
+        asked.append((static, passes, device.launch))
+        return Plan(max(passes), 512, (ALL, ALL), GIB, len(asked) * 1e-6)
+
+    monkeypatch.setattr(memory, "choose", choose)
+    monkeypatch.setattr(fit, "device_rates", lambda device: memory.HOPPER)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (GIB, GIB))
+    options = {"optimizer": "adamw_8bit", "budget": None, "recorded": True}
+    chosen = fit.plan(loaded, [32, 192, 64], 32, **options, layerwise=True)
+    (static, passes, launch), (layerwise, whole, slower) = asked
+    assert (passes, launch) == ([32, 64], 0.0)
+    assert (whole, slower) == ([192], memory.HOPPER.launch)
+    layers = [sum(4 * p.numel() for p in layer.parameters()) for layer in loaded.model.layers]
+    assert static - layerwise == sum(layers) - max(layers)
+    assert chosen is not None
+    assert chosen.tokens == 64
+    asked.clear()
+    fit.plan(loaded, [192], 32, **options, layerwise=True)
+    assert [passes for _, passes, _ in asked] == [[192]]

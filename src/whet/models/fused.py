@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy, deepcopy
 from dataclasses import dataclass, field
@@ -47,7 +47,8 @@ class Shared:
     within `budget` bytes on the device. plan: the one it made, in words. held: so many layers keep their weights
     dequantized from pass to pass, while it is `holding`. room: meanwhile, a base that is not quantized lies where its
     adapters can lie beside it. in_place: a trainer runs the pass, and will find gradients of
-    weights in the weights' own `grad`, wherever they were made. gradient: the buffer in which the layer above has
+    weights in the weights' own `grad`, wherever they were made. begins: told of each layer whose backward pass begins,
+    by its number from the first. gradient: the buffer in which the layer above has
     handed one down.
     """
 
@@ -64,6 +65,7 @@ class Shared:
     room: bool = False
     holding: bool = False
     in_place: bool = False
+    begins: Callable[[int], None] | None = None
     host: HostMemory | None = None
     said: set[str] = field(default_factory=set)
     gradient: Tensor | None = None
@@ -110,6 +112,7 @@ class Shared:
         copied = copy(self)
         copied.config, copied.rotary = deepcopy(self.config, memo), deepcopy(self.rotary, memo)
         copied.said, copied.host, copied.gradient, copied._positions = set(self.said), None, None, None
+        copied.begins = None
         return copied
 
 
@@ -140,7 +143,7 @@ class FusedLayer:
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         block = None if args else self._block(hidden_states, kwargs)
         if isinstance(block, Block):
-            return run(block, hidden_states, self._whet, self._whet.policy_of(self._whet_index))
+            return run(block, hidden_states, self._whet, self._whet_index)
         own = partial(super().forward, **kwargs)
         if getattr(self, "_whet_recompute", False) and self.training and torch.is_grad_enabled():
             return checkpoint(own, hidden_states, *args, use_reentrant=False)
@@ -192,11 +195,11 @@ def _layout(h: Tensor, documents: Documents | None) -> Rows | Documents:
     return documents
 
 
-def run(block: Block, hidden_states: Tensor, shared: Shared, policy: Policy) -> Tensor:
-    """The layer's output [B, S, D], differentiable in the input and the adapters."""
+def run(block: Block, hidden_states: Tensor, shared: Shared, index: int) -> Tensor:
+    """The output of layer `index` [B, S, D], differentiable in the input and the adapters."""
     parameters = block.parameters
     if torch.is_grad_enabled() and (hidden_states.requires_grad or any(p.requires_grad for p in parameters)):
-        return _Layer.apply(hidden_states, block, shared, policy, *parameters)
+        return _Layer.apply(hidden_states, block, shared, index, *parameters)
     with torch.autocast(hidden_states.device.type, enabled=False), torch.no_grad():
         out, _ = block.forward(hidden_states.flatten(0, 1).contiguous(), frozenset())
     return out.view_as(hidden_states)
@@ -205,12 +208,13 @@ def run(block: Block, hidden_states: Tensor, shared: Shared, policy: Policy) -> 
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_states: Tensor, block: Block, shared: Shared, policy: Policy, *parameters: Tensor
+        ctx: Any, hidden_states: Tensor, block: Block, shared: Shared, index: int, *parameters: Tensor
     ) -> Tensor:
+        policy = shared.policy_of(index)
         h = hidden_states.flatten(0, 1).contiguous()
         with torch.autocast(h.device.type, enabled=False):
             out, saved = block.forward(h, policy.keep)
-        ctx.block, ctx.shared, ctx.parked = block, shared, None
+        ctx.block, ctx.shared, ctx.index, ctx.parked = block, shared, index, None
         saved = {"h": h} | saved
         if policy.offload and h.is_cuda:
             ctx.memory = shared.host_memory(h.device)
@@ -224,6 +228,8 @@ class _Layer(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         block: Block = ctx.block
+        if ctx.shared.begins is not None:
+            ctx.shared.begins(ctx.index)
         if ctx.parked is not None:
             saved = ctx.memory.fetch(ctx.parked)
         else:

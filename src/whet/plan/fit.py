@@ -80,8 +80,11 @@ def _link(device: torch.device, size: int = 64 * 2**20) -> float:
     return size / best
 
 
-def static_bytes(model: nn.Module, optimizer: str) -> float:
-    """What lies on the device all the time: what does now, and gradients and optimizer states to come."""
+def static_bytes(model: nn.Module, optimizer: str, *, layerwise: bool = False) -> float:
+    """What lies on the device all the time: what does now, and gradients and optimizer states to come.
+
+    layerwise: of the fused layers' gradients, one layer's are there at one time.
+    """
     eight_bit = optimizer in EIGHT_BIT
     # transformers has bitsandbytes keep an embedding's moments in 32 bits
     embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -90,6 +93,10 @@ def static_bytes(model: nn.Module, optimizer: str) -> float:
         if p.requires_grad:
             states = 2.1 if eight_bit and p not in embeddings else 8
             coming += p.numel() * (states + (p.element_size() if p.grad is None else 0))
+    if layerwise:
+        layers = [m for m in model.modules() if isinstance(m, FusedLayer)]
+        each = [sum(p.numel() * p.element_size() for p in m.parameters() if p.requires_grad) for m in layers]
+        coming -= sum(each) - max(each, default=0)
     return torch.cuda.memory_allocated() + coming
 
 
@@ -101,11 +108,13 @@ def plan(
     optimizer: str,
     budget: float | None,
     recorded: bool = False,
+    layerwise: bool = False,
 ) -> Plan | None:
     """The fastest plan for passes of one of `passes` tokens in rows of `length`; None where the layers are not fused.
 
     budget: bytes that training may take on the device; None for all that is free. recorded: whether passes will run as
-    CUDA graphs. Raises WhetError where no plan fits.
+    CUDA graphs. layerwise: whether a step of the longest pass would update weights layer by layer. Raises WhetError
+    where no plan fits.
     """
     sizes = sizes_of(model)
     if sizes is None:
@@ -115,26 +124,31 @@ def plan(
     within = min(budget, free) if budget is not None else free
     host = 0.6 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") + pinned.spare()
     device = device_rates(torch.device("cuda"))
-    if recorded:
-        device = replace(device, launch=0.0)
-    chosen = memory.choose(sizes, device, within, static, sorted(set(passes)), length, host)
-    if chosen is None:
-        lean = memory.leanest(sizes, static, min(passes))
+    tries = [(static, sorted(set(passes)), replace(device, launch=0.0) if recorded else device)]
+    if layerwise:  # instead of the whole step's pass with all gradients; not recorded (train/layerwise.py)
+        tries = [(static, tries[0][1][:-1], tries[0][2])] if len(set(passes)) > 1 else []
+        tries.append((static_bytes(model, optimizer, layerwise=True), [max(passes)], device))
+    found = [memory.choose(sizes, at, within, there, tokens, length, host) for there, tokens, at in tries]
+    plans = [x for x in found if x is not None]
+    if not plans:
+        lean = min((memory.leanest(sizes, there, min(tokens)) for there, tokens, _ in tries), key=lambda x: x.peak)
         raise WhetError(
             f"training needs {lean.peak / GIB:.2f} GiB on the GPU, {within / GIB:.2f} are to be had",
             where="gpu_memory",
             fix="in this order: a smaller max_seq_length, fewer rows at a time (per_device_train_batch_size=1), "
             "or a larger gpu_memory",
         )
-    return chosen
+    return min(plans, key=lambda x: x.seconds_a_token)
 
 
-def fit_to_memory(model: nn.Module, config: Any, budget: float | None, *, recorded: bool = False) -> Plan | None:
+def fit_to_memory(
+    model: nn.Module, config: Any, budget: float | None, *, recorded: bool = False, layerwise: bool = False
+) -> Plan | None:
     """Plan for a trainer's config, set its micro-batches to the plan's passes, and apply it.
 
     The rows of an optimizer step stay as they are, in their order: only how many of them go through the model at a time
     may be more or fewer than was asked for. None, and nothing changed, where there is no GPU or no fused layer.
-    budget, recorded: as in `plan`.
+    budget, recorded, layerwise: as in `plan`.
     """
     shared = shared_of(model)
     if shared is None or not torch.cuda.is_available():
@@ -142,8 +156,8 @@ def fit_to_memory(model: nn.Module, config: Any, budget: float | None, *, record
     length = config.max_length or model.max_seq_length
     a_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
     passes = {rows * length: rows for rows in range(1, a_step + 1) if a_step % rows == 0}
-    optimizer = str(getattr(config.optim, "value", config.optim))
-    chosen = plan(model, list(passes), length, optimizer=optimizer, budget=budget, recorded=recorded)
+    options: dict[str, Any] = {"optimizer": str(getattr(config.optim, "value", config.optim)), "budget": budget}
+    chosen = plan(model, list(passes), length, **options, recorded=recorded, layerwise=layerwise)
     if chosen is None:
         return None
     rows = passes[chosen.tokens]

@@ -21,7 +21,7 @@ Sources: Dettmers et al. 2022, arXiv:2110.02861 (8-bit moments); Zamirai et al. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -74,7 +74,7 @@ class AdamW8bit(AdamW):
         if not isinstance(seed, int):
             raise TypeError(f"seed is {seed!r}; it must be an int (stochastic_rounding=False rounds to nearest)")
         self._maps: list[tuple[Tensor, CodeMap | None]] = []
-        self._tables: list[Tables] = []
+        self._tables: dict[Tensor | None, list[Tables]] = {}  # by the first of the parameters that are updated together
         super().__init__(params, lr, betas, eps, weight_decay, optim_bits=8, min_8bit_size=min_8bit_size)
         self.defaults["rounding_seed"] = seed if stochastic_rounding else None
         self._fill_in_seeds()
@@ -97,8 +97,11 @@ class AdamW8bit(AdamW):
             group.setdefault("rounding_seed", self.defaults["rounding_seed"])
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient. closure: computes the loss anew, which is returned."""
+    def step(self, closure: Callable[[], Any] | None = None, *, only: Sequence[Tensor] | None = None) -> Any:
+        """Update every parameter that has a gradient. closure: computes the loss anew, which is returned.
+
+        only: these alone, the same in each step; the others wait for another call.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -108,16 +111,17 @@ class AdamW8bit(AdamW):
             self.to_gpu()
             self.initialized = True
 
-        launches, alone = self._due()
-        self._tables += [Tables() for _ in range(len(launches) - len(self._tables))]
-        for (launch, entries), tables in zip(launches.items(), self._tables, strict=False):
+        launches, alone = self._due(None if only is None else set(only))
+        known = self._tables.setdefault(only[0] if only else None, [])
+        known += [Tables() for _ in range(len(launches) - len(known))]
+        for (launch, entries), tables in zip(launches.items(), known, strict=False):
             adamw_8bit(entries, launch.maps, launch.update, tables)
         with _on_default_stream({one.parameter.device for one in alone}):
             for one in alone:
                 self._update_alone(one)
         return loss
 
-    def _due(self) -> tuple[dict[_Launch, list[Entry]], list[_Alone]]:
+    def _due(self, only: set[Tensor] | None) -> tuple[dict[_Launch, list[Entry]], list[_Alone]]:
         """The parameters with a gradient, by launch, their steps counted; and those for bitsandbytes' own update."""
         launches: dict[_Launch, list[Entry]] = {}
         alone: list[_Alone] = []
@@ -126,7 +130,7 @@ class AdamW8bit(AdamW):
             common: dict[str, Any] | None = None
             for pindex, p in enumerate(group["params"]):
                 first, after = after, after + -(-p.numel() // BLOCK)
-                if p.grad is None:
+                if p.grad is None or (only is not None and p not in only):
                     continue
                 if len(self.state[p]) == 0:
                     self.init_state(group, p, gindex, pindex)

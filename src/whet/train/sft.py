@@ -16,7 +16,9 @@ from whet.plan.fit import fit_to_memory
 from whet.train.arguments import OlderArguments
 from whet.train.collator import PaddingFree, nearly_whole
 from whet.train.formatting import FormattingFunction, formatted
+from whet.train.layerwise import Layerwise, allowed, layers_of
 from whet.train.older import Arguments, OlderTrainer
+from whet.train.optimizer import AdamW8bit
 from whet.train.pass_graph import PassGraph, obstacle
 
 log = logging.getLogger("whet")
@@ -42,6 +44,7 @@ class SFTTrainer(OlderTrainer, trl.SFTTrainer):
     config_class = SFTConfig
     _passes: PassGraph | None = None
     _first_step: int | None = None
+    _layerwise: Layerwise | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -71,6 +74,21 @@ class SFTTrainer(OlderTrainer, trl.SFTTrainer):
                 return super().train(*args, **kwargs)
             finally:
                 self._let_graph_go()
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Its steps go layer by layer where that changes nothing but memory."""
+        made = super().create_optimizer(*args, **kwargs)
+        one = self.args.gradient_accumulation_steps == 1 and self.accelerator.num_processes == 1
+        layers = layers_of(self.model) if one and allowed(self.args) else []
+        if layers and isinstance(made, AdamW8bit):
+            self._layerwise = Layerwise(layers, made)
+            log.info("weights are updated layer by layer, within the backward pass")
+        return made
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        if self._layerwise is not None and grad_norm is None:
+            return self._layerwise.norm(model)
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         self._let_graph_go()  # its memory is evaluation's now
@@ -104,17 +122,19 @@ class SFTTrainer(OlderTrainer, trl.SFTTrainer):
         """The loss of TRL's training step, and what was measured on the way: nothing else of a pass is kept."""
         shared = fused.shared_of(self.model)
         if shared is not None:
-            shared.in_place = True
+            shared.in_place, shared.begins = True, self._layerwise
         try:
             loss = super().training_step(model, inputs, num_items_in_batch)
         finally:
             if shared is not None:
-                shared.in_place = False
+                shared.in_place, shared.begins = False, None
         return {"loss": loss} | {name: self._metrics["train"][name].pop() for name in MEASURED}
 
     def _may_record(self, model: Any, inputs: Arguments, items: Any) -> bool:
         """Whether this pass may run as a graph. Not in the first step: the optimizer has yet to take its memory."""
         if not (isinstance(items, torch.Tensor) and items.is_cuda and "label_rows" in inputs):
+            return False
+        if self._layerwise is not None:  # a step's own numbers go to each of its updates
             return False
         if self._first_step is None:
             self._first_step = self.state.global_step
@@ -187,7 +207,9 @@ class SFTTrainer(OlderTrainer, trl.SFTTrainer):
             model = arguments["model"]
             length = config.max_length or model.max_seq_length
             steady = config.packing or nearly_whole(arguments.get("train_dataset"), length)
-            fit_to_memory(model, config, shared.budget, recorded=steady and not config.fp16 and obstacle(model) is None)
+            recorded = steady and not config.fp16 and obstacle(model) is None
+            layerwise = allowed(config) and bool(layers_of(model))
+            fit_to_memory(model, config, shared.budget, recorded=recorded, layerwise=layerwise)
 
     def _prepare_dataset(
         self,
