@@ -202,6 +202,7 @@ class Block:
             x = self.norm_backward(dx, m[s], "mlp_norm", residual=dout[s], out=dm[s, : self.p.o.rows], x=x)
             up_grads = self.gradients(gate_up_p, dgue, x, up_tail, ups=up_sums)
             grads.add([*up_grads, *down_grads])
+            del dgue, dx, x, up_tail  # not beside the next tile's
         return dm, grads.total
 
     def activation_backward(
@@ -262,6 +263,7 @@ class Block:
             else:
                 x = self.norm(h[s], self.shape.input_norm)
             grads.add(self.gradients(p, dye, x, saved["qkv_tail"][s]))
+            dx = x = None  # not beside the next tile's
         return dh if input_grad else None, grads.total
 
     # ------------------------------------------------------------ parts of both
