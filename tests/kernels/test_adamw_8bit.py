@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from whet.kernels._triton import HAVE_TRITON
+from tests.kernels.interpreter import needs_interpreter
 from whet.kernels.adamw_8bit import (
     DTYPES,
     CodeMap,
@@ -25,9 +24,6 @@ from whet.kernels.adamw_8bit import (
 )
 from whet.kernels.stochastic_round import stochastic_round_reference
 
-needs_interpreter = pytest.mark.skipif(
-    not HAVE_TRITON or os.environ.get("TRITON_INTERPRET") != "1", reason="needs triton's interpreter"
-)
 NUMBERS = F.create_dynamic_map(signed=True), F.create_dynamic_map(signed=False)
 MAPS = CodeMap.of(NUMBERS[0]), CodeMap.of(NUMBERS[1])
 SIZES = [1, 255, 256, 257, 2048, 0, 5000]

@@ -7,7 +7,6 @@ rounding, and the product on tensor cores, are tested in tests/gpu/test_fp8.py.
 from __future__ import annotations
 
 import dataclasses
-import os
 import subprocess
 import sys
 
@@ -16,14 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.interpreter import needs_interpreter
 from whet.kernels import fp8
-from whet.kernels._triton import HAVE_TRITON
 from whet.kernels.fp8 import E4M3, dequantize_nf4_fp8, quantize_rows, scaled_mm, weight_scales
 from whet.kernels.nf4 import NF4Weight, dequantize_nf4_reference, stack
 
-needs_interpreter = pytest.mark.skipif(
-    not HAVE_TRITON or os.environ.get("TRITON_INTERPRET") != "1", reason="needs triton's interpreter"
-)
 NAN = float("nan")
 
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch.nn import functional
 
+from tests.kernels.interpreter import needs_interpreter
 from whet.kernels import glu as module
-from whet.kernels._triton import HAVE_TRITON
 from whet.kernels.glu import ACTIVATIONS, glu, glu_backward
 
-needs_interpreter = pytest.mark.skipif(
-    not HAVE_TRITON or os.environ.get("TRITON_INTERPRET") != "1", reason="needs triton's interpreter"
-)
 TORCH = {
     "silu": functional.silu,
     "gelu_tanh": lambda z: functional.gelu(z, approximate="tanh"),

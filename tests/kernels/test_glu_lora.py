@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.interpreter import needs_interpreter
 from whet.kernels import glu_lora as module
-from whet.kernels._triton import HAVE_TRITON
 from whet.kernels.glu import ACTIVATIONS, glu, glu_backward
 from whet.kernels.glu_lora import (
     Factors,
     Sum,
     glu_backward_lora,
     glu_backward_lora_reference,
-)
-
-needs_interpreter = pytest.mark.skipif(
-    not HAVE_TRITON or os.environ.get("TRITON_INTERPRET") != "1", reason="needs triton's interpreter"
 )
 
 

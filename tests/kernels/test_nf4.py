@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,13 +14,10 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 
+from tests.kernels.interpreter import needs_interpreter
 from whet.kernels import nf4
-from whet.kernels._triton import HAVE_TRITON
 from whet.kernels.nf4 import NF4Weight, dequantize_nf4, stack
 
-needs_interpreter = pytest.mark.skipif(
-    not HAVE_TRITON or os.environ.get("TRITON_INTERPRET") != "1", reason="needs triton's interpreter"
-)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # below a block, several programs (130x192: 390 blocks), more than one group of 256, blocks across rows, a last partial
 # block, an odd number of weights

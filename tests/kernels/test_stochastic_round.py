@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from whet.kernels._triton import HAVE_TRITON
+from tests.kernels.interpreter import needs_interpreter
 from whet.kernels.stochastic_round import (
     random_bits_reference,
     stochastic_round,
@@ -19,9 +18,6 @@ from whet.kernels.stochastic_round import (
     stochastic_round_triton,
 )
 
-needs_interpreter = pytest.mark.skipif(
-    not HAVE_TRITON or os.environ.get("TRITON_INTERPRET") != "1", reason="needs triton's interpreter"
-)
 SIZES = [1, 127, 128, 129, 255, 256, 257, 2048, 4231]
 KEY: dict[str, int] = {"seed": 3, "step": 7}
 

@@ -99,25 +99,18 @@ def _tanh_parts(x):
 
 
 @jit
-def _slope(words, scale, softcap, HAS_SCALE: tl.constexpr):
-    """dz / d(scaled logit) under a soft cap."""
-    u = words.to(tl.float32)
-    if HAS_SCALE:
-        u = u * scale
-    _t, slope = _tanh_parts(u / softcap)
-    return slope
-
-
-@jit
 def _logits(words, scale, softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """z of what the product gave."""
+    """z of what the product gave, and its derivative with respect to that."""
     z = words.to(tl.float32)
+    derivative = 1.0
     if HAS_SCALE:
         z = z * scale
+        derivative = scale
     if HAS_SOFTCAP:
-        t, _slope = _tanh_parts(z / softcap)
+        t, slope = _tanh_parts(z / softcap)
         z = t * softcap
-    return z
+        derivative = slope * derivative
+    return z, derivative
 
 
 @jit
@@ -165,7 +158,8 @@ def _log_probs_kernel(
     in_range = (label >= 0) & (label < V)
     label = tl.where(in_range, label, 0).to(tl.int32)
     word = tl.load(row_ptr + label)
-    z_label = tl.where(in_range, _logits(word, scale, softcap, HAS_SCALE, HAS_SOFTCAP), float("nan"))
+    z_label, derivative_label = _logits(word, scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+    z_label = tl.where(in_range, z_label, float("nan"))
     columns = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
 
     # A lane is a thread's WIDTH columns of each block, with a maximum of its own: one of the block would have all warps
@@ -179,20 +173,20 @@ def _log_probs_kernel(
     middle = label // BLOCK * BLOCK
     ahead = tl.load(row_ptr + columns, mask=columns < row_stride, other=0.0)
     for start in range(0, middle, BLOCK):
-        z = _logits(ahead, scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+        z, _derivative = _logits(ahead, scale, softcap, HAS_SCALE, HAS_SOFTCAP)
         ahead = tl.load(row_ptr + start + BLOCK + columns, mask=start + BLOCK + columns < row_stride, other=0.0)
         m_L, s_L, zs_L = _fold(z, m_L, s_L, zs_L, LOG2_E)
-    z = _logits(ahead, scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+    z, _derivative = _logits(ahead, scale, softcap, HAS_SCALE, HAS_SOFTCAP)
     ahead = tl.load(row_ptr + middle + BLOCK + columns, mask=middle + BLOCK + columns < row_stride, other=0.0)
     tied = (z == z_label) & (middle + columns < label)
     beaten = (tl.max(m_L, axis=0) >= z_label) | (tl.max(tl.max(tied.to(tl.int32), axis=1), axis=0) > 0)
     m_L, s_L, zs_L = _fold(tl.where(middle + columns < V, z, -1e30), m_L, s_L, zs_L, LOG2_E)
     for start in range(middle + BLOCK, whole, BLOCK):
-        z = _logits(ahead, scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+        z, _derivative = _logits(ahead, scale, softcap, HAS_SCALE, HAS_SOFTCAP)
         ahead = tl.load(row_ptr + start + BLOCK + columns, mask=start + BLOCK + columns < row_stride, other=0.0)
         m_L, s_L, zs_L = _fold(z, m_L, s_L, zs_L, LOG2_E)
     if (whole > middle) & (whole < V):
-        z = _logits(ahead, scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+        z, _derivative = _logits(ahead, scale, softcap, HAS_SCALE, HAS_SOFTCAP)
         m_L, s_L, zs_L = _fold(tl.where(whole + columns < V, z, -1e30), m_L, s_L, zs_L, LOG2_E)
     m = tl.max(m_L, axis=0)
     shift_L = m_L * LOG2_E - m * LOG2_E
@@ -215,22 +209,14 @@ def _log_probs_kernel(
         ahead = tl.load(row_ptr + last, mask=last < row_stride, other=0.0)
         for i in range(0, blocks):
             offsets = last - i * BLOCK
-            words = ahead
+            z, derivative = _logits(ahead, scale, softcap, HAS_SCALE, HAS_SOFTCAP)
             ahead = tl.load(
                 row_ptr + offsets - BLOCK, mask=(offsets >= BLOCK) & (offsets - BLOCK < row_stride), other=0.0
             )
-            grad = -tl.exp2(_logits(words, scale, softcap, HAS_SCALE, HAS_SOFTCAP) * LOG2_E - m * LOG2_E) * inverse_s
-            if HAS_SOFTCAP:
-                grad = grad * _slope(words, scale, softcap, HAS_SCALE)
-            if HAS_SCALE:
-                grad = grad * scale
+            grad = -tl.exp2(z * LOG2_E - m * LOG2_E) * inverse_s * derivative
             grad = tl.where(offsets < V, grad, 0.0)
             tl.store(row_ptr + offsets, grad.to(logits_ptr.dtype.element_ty), mask=offsets < row_stride)
-        grad = 1.0 - tl.exp2(d_label) * inverse_s
-        if HAS_SOFTCAP:
-            grad = grad * _slope(word, scale, softcap, HAS_SCALE)
-        if HAS_SCALE:
-            grad = grad * scale
+        grad = (1.0 - tl.exp2(d_label) * inverse_s) * derivative_label
         tl.debug_barrier()
         tl.store(row_ptr + label, grad.to(logits_ptr.dtype.element_ty), mask=in_range)
 

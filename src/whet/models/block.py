@@ -273,7 +273,7 @@ class Block:
             yield slice(start, min(start + self.tile, x.shape[0]))
 
     def norm(self, x: Tensor, norm: Norm, out: Tensor | None = None) -> Tensor:
-        return rms_norm(x, norm.weight, norm.eps, self.shape.spec.norm_offset, out=out)
+        return rms_norm(x, *self.norm_options(norm), out=out)
 
     def normed(self, x: Tensor, norm: Norm, p: Projection, e: Weights) -> Tensor:
         """norm(x) and, in the margin, its product with the adapters' A."""
@@ -326,26 +326,27 @@ class Block:
             return
         (y,) = product
         weight.product(xe, out=y)
-        rms_norm(y, norm.weight, norm.eps, self.shape.spec.norm_offset, residual=residual, out=out)
+        rms_norm(y, *self.norm_options(norm), residual=residual, out=out)
 
     def norm_gradient(self, dy: Tensor, y: Tensor | None, s: slice, norm: str, out: Tensor) -> None:
         """The gradient before a post-norm; without one, dy itself."""
         if y is None:
             out.copy_(dy)
         else:
-            rms_norm_backward(dy, y[s], *self.norm_options(norm), weight_grad=self.weight_grad(norm), out=out)
+            options = self.norm_options(self.shape.norms[norm])
+            rms_norm_backward(dy, y[s], *options, weight_grad=self.weight_grad(norm), out=out)
 
     def norm_backward(
         self, dy: Tensor, h: Tensor, name: str, *, out: Tensor, residual: Tensor, x: Tensor | None = None
     ) -> Tensor:
         """The gradient of h, with what came around the norm, into `out`. Returns x = norm(h), made unless given."""
         y = torch.empty_like(h) if x is None else None
-        options = {"residual": residual, "weight_grad": self.weight_grad(name), "normed": y}
-        rms_norm_backward(dy, h, *self.norm_options(name), **options, out=out)
+        options = self.norm_options(self.shape.norms[name])
+        grad = self.weight_grad(name)
+        rms_norm_backward(dy, h, *options, residual=residual, weight_grad=grad, normed=y, out=out)
         return x if y is None else y  # type: ignore[return-value]
 
-    def norm_options(self, name: str) -> tuple[Tensor, float, float]:
-        norm = self.shape.norms[name]
+    def norm_options(self, norm: Norm) -> tuple[Tensor, float, float]:
         return norm.weight, norm.eps, self.shape.spec.norm_offset
 
     def weight_grad(self, norm: str) -> Tensor | None:

@@ -241,7 +241,7 @@ class Reader:
             return
         mine = [x for x in self.tensors.values() if isinstance(x, _Stored)]
         self.order = deque(sorted(mine, key=lambda x: natural(x.name)))
-        self.chunk = min(CHUNK, max(1, 1, *(x.size for x in mine)))
+        self.chunk = min(CHUNK, max([1, *(x.size for x in mine)]))
         chunks = -(-sum(x.size for x in mine) // self.chunk)
         for _ in range(max(1, min(THREADS, os.cpu_count() or 1, chunks))):
             thread = Thread(target=self._work, name="whet-weights")

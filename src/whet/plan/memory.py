@@ -292,7 +292,6 @@ def layer_seconds(sizes: Sizes, device: Device, policy: Policy, tokens: int, len
     # kernels of models/block.py, a layer's and a tile's; gradients of adapters are added to their own one by one
     launches, tile_launches = (3, 14) if sizes.rank else (3, 8)
     back_launches, back_tile_launches = (19, 28) if sizes.rank else (5, 16)
-    together = summed_together(sizes)
 
     forward = base * sizes.layer_weights + attention + weights
     forward += value * (6 * d + 2 * w + 2 * q + 3 * f)  # norms, rotation, attention's output beside its margin, SwiGLU
@@ -301,7 +300,9 @@ def layer_seconds(sizes: Sizes, device: Device, policy: Policy, tokens: int, len
     backward = base * sizes.layer_weights + attention_back + weights
     backward += value * (10 * d + 2 * w + 6 * f)  # two norms again and backward, rotation, SwiGLU backward
     backward += skinny * (inputs + 2 * d + 2 * outputs) + GAP * (back_launches + tiles * back_tile_launches)
-    if together:  # neither the activation nor the gradient of gate and up are read again for these, but sums are
+    if summed_together(
+        sizes
+    ):  # neither the activation nor the gradient of gate and up are read again for these, but sums are
         backward += 2 * sum_bytes(sizes) * tokens / device.memory - value * f - skinny * 3 * f - 3 * GAP * tiles
     if sizes.fp8:  # what is multiplied is quantized, and the adapter's share written apart and read again
         forward += value * (1.5 * inputs + 2 * outputs)

@@ -14,14 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from whet.models.fused import FusedLayer
-from whet.train.optimizer import AdamW8bit
-
-OPTIMIZERS = ("adamw_8bit", "adamw_bnb_8bit")
+from whet.train.optimizer import NAMES, AdamW8bit
 
 
 def allowed(args: Any) -> bool:
     """Whether a trainer's arguments leave each gradient to itself, in steps of one pass: no limit on their norm."""
-    return not (args.max_grad_norm or 0) > 0 and args.optim in OPTIMIZERS
+    return not (args.max_grad_norm or 0) > 0 and args.optim in NAMES
 
 
 def layers_of(model: nn.Module) -> list[list[nn.Parameter]]:

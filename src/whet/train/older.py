@@ -25,7 +25,7 @@ from torch import nn
 
 from whet.models import activations, attention, fused
 from whet.train.arguments import OLDER_ARGUMENTS, TRL_MAY_DECIDE, given_names, translate
-from whet.train.optimizer import AdamW8bit
+from whet.train.optimizer import NAMES, AdamW8bit
 
 Arguments = dict[str, Any]
 
@@ -98,7 +98,7 @@ class OlderTrainer:
         """
         given = self.optimizer is not None
         made = super().create_optimizer(*args, **kwargs)
-        ours = hasattr(self.model, "max_seq_length") and self.args.optim in ("adamw_8bit", "adamw_bnb_8bit")
+        ours = hasattr(self.model, "max_seq_length") and self.args.optim in NAMES
         if ours and not given and type(made) is AdamW and made.args.optim_bits == 8:
             self.optimizer = AdamW8bit.like(made)
         return self.optimizer

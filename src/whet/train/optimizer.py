@@ -32,6 +32,8 @@ from torch import Tensor
 from whet.kernels.adamw_8bit import DTYPES, CodeMap, Entry, Tables, Update, adamw_8bit, alignment
 from whet.kernels.stochastic_round import BLOCK, stochastic_round
 
+NAMES = ("adamw_8bit", "adamw_bnb_8bit")  # by which transformers' arguments ask for it
+
 
 class _Launch(NamedTuple):
     """What parameters must agree on to be updated together."""
