@@ -44,7 +44,7 @@ def test_the_same_training_in_less_memory(tmp_path: Path, monkeypatch: pytest.Mo
         )
         config = SFTConfig(
             output_dir=str(tmp_path / "out"), optim="adamw_8bit", max_grad_norm=0.0, max_steps=8, learning_rate=1e-3,
-            per_device_train_batch_size=2, gradient_accumulation_steps=1, logging_steps=1, save_strategy="no",
+            per_device_train_batch_size=1, gradient_accumulation_steps=1, logging_steps=1, save_strategy="no",
             report_to=[], max_length=64, bf16=True,
         )  # fmt: skip
         trainer = SFTTrainer(model=model, args=config, train_dataset=rows)

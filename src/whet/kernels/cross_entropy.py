@@ -114,18 +114,20 @@ def _logits(words, scale, softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.cons
 
 
 @jit
-def _fold(z, m_L, s_L, zs_L, LOG2_E: tl.constexpr):
-    """Add a block [L, W] to L lanes' sums: m is the largest z, s and zs sum 2^d and 2^d d, where d = (z - m) / ln 2.
+def _fold(z, z_max_L, m_L, s_L, zs_L, LOG2_E: tl.constexpr):
+    """Add a block [L, W] to L lanes' sums: m is the largest z / ln 2, s and zs sum 2^d and 2^d d, d = z / ln 2 - m.
 
-    d is one multiplication and sum, rounded once; that m / ln 2 was rounded before falls out of every quotient.
+    d is one multiplication and sum, rounded once. m is kept as it was rounded, so that a lane whose m stays is rescaled
+    by 1: m_old / ln 2 - m_new in one operation is the product's rounding error, which for -1e30 overflows 2^.
     """
-    new_m_L = tl.maximum(m_L, tl.max(z, axis=1))
-    d = z * LOG2_E - (new_m_L * LOG2_E)[:, None]
+    highest_L = tl.max(z, axis=1)
+    new_m_L = tl.maximum(m_L, highest_L * LOG2_E)
+    d = z * LOG2_E - new_m_L[:, None]
     e = tl.exp2(d)
-    shift_L = m_L * LOG2_E - new_m_L * LOG2_E
+    shift_L = m_L - new_m_L
     rescale_L = tl.exp2(shift_L)
     zs_L = (zs_L + s_L * shift_L) * rescale_L + tl.sum(e * d, axis=1)
-    return new_m_L, s_L * rescale_L + tl.sum(e, axis=1), zs_L
+    return tl.maximum(z_max_L, highest_L), new_m_L, s_L * rescale_L + tl.sum(e, axis=1), zs_L
 
 
 @jit
@@ -163,9 +165,11 @@ def _log_probs_kernel(
     columns = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
 
     # A lane is a thread's WIDTH columns of each block, with a maximum of its own: one of the block would have all warps
-    # wait for each other. It starts finite, so that the first rescale is 2^-large = 0 and not 2^(-inf + inf). Whole
+    # wait for each other. It starts finite, so that the first rescale is 2^-large = 0 and not 2^(-inf + inf), and above
+    # the -1e30 / ln 2 of columns that are not there, so that in a lane without others those count for nothing. Whole
     # blocks before the label's come first: where their largest is no less than the label's, this is not the first of
     # the largest. In each loop the next block is on its way while this one is reduced.
+    z_max_L = tl.full((LANES,), -1e30, tl.float32)
     m_L = tl.full((LANES,), -1e30, tl.float32)
     s_L = tl.zeros((LANES,), tl.float32)
     zs_L = tl.zeros((LANES,), tl.float32)
@@ -175,32 +179,34 @@ def _log_probs_kernel(
     for start in range(0, middle, BLOCK):
         z, _derivative = _logits(ahead, scale, softcap, HAS_SCALE, HAS_SOFTCAP)
         ahead = tl.load(row_ptr + start + BLOCK + columns, mask=start + BLOCK + columns < row_stride, other=0.0)
-        m_L, s_L, zs_L = _fold(z, m_L, s_L, zs_L, LOG2_E)
+        z_max_L, m_L, s_L, zs_L = _fold(z, z_max_L, m_L, s_L, zs_L, LOG2_E)
     z, _derivative = _logits(ahead, scale, softcap, HAS_SCALE, HAS_SOFTCAP)
     ahead = tl.load(row_ptr + middle + BLOCK + columns, mask=middle + BLOCK + columns < row_stride, other=0.0)
     tied = (z == z_label) & (middle + columns < label)
-    beaten = (tl.max(m_L, axis=0) >= z_label) | (tl.max(tl.max(tied.to(tl.int32), axis=1), axis=0) > 0)
-    m_L, s_L, zs_L = _fold(tl.where(middle + columns < V, z, -1e30), m_L, s_L, zs_L, LOG2_E)
+    beaten = (tl.max(z_max_L, axis=0) >= z_label) | (tl.max(tl.max(tied.to(tl.int32), axis=1), axis=0) > 0)
+    z = tl.where(middle + columns < V, z, -1e30)
+    z_max_L, m_L, s_L, zs_L = _fold(z, z_max_L, m_L, s_L, zs_L, LOG2_E)
     for start in range(middle + BLOCK, whole, BLOCK):
         z, _derivative = _logits(ahead, scale, softcap, HAS_SCALE, HAS_SOFTCAP)
         ahead = tl.load(row_ptr + start + BLOCK + columns, mask=start + BLOCK + columns < row_stride, other=0.0)
-        m_L, s_L, zs_L = _fold(z, m_L, s_L, zs_L, LOG2_E)
+        z_max_L, m_L, s_L, zs_L = _fold(z, z_max_L, m_L, s_L, zs_L, LOG2_E)
     if (whole > middle) & (whole < V):
         z, _derivative = _logits(ahead, scale, softcap, HAS_SCALE, HAS_SOFTCAP)
-        m_L, s_L, zs_L = _fold(tl.where(whole + columns < V, z, -1e30), m_L, s_L, zs_L, LOG2_E)
+        z = tl.where(whole + columns < V, z, -1e30)
+        z_max_L, m_L, s_L, zs_L = _fold(z, z_max_L, m_L, s_L, zs_L, LOG2_E)
     m = tl.max(m_L, axis=0)
-    shift_L = m_L * LOG2_E - m * LOG2_E
+    shift_L = m_L - m
     rescale_L = tl.exp2(shift_L)
     zs = tl.sum((zs_L + s_L * shift_L) * rescale_L, axis=0)
     s = tl.sum(s_L * rescale_L, axis=0)
     inverse_s = 1.0 / s
-    d_label = z_label * LOG2_E - m * LOG2_E
+    d_label = z_label * LOG2_E - m
     log_prob = (d_label - tl.log2(s)) * LN_2
     tl.store(log_prob_ptr + row, log_prob)
     tl.store(entropy_ptr + row, (tl.log2(s) - zs / s) * LN_2)
     if STORE_LSE:
-        tl.store(lse_ptr + row, m * LOG2_E * LN_2 + tl.log2(s) * LN_2)
-    tl.store(top1_ptr + row, (m <= z_label) & (beaten == 0) & (log_prob == log_prob))
+        tl.store(lse_ptr + row, (m + tl.log2(s)) * LN_2)
+    tl.store(top1_ptr + row, (tl.max(z_max_L, axis=0) <= z_label) & (beaten == 0) & (log_prob == log_prob))
 
     if NEED_GRAD:
         # From the end to the start: the last blocks of the row are still in cache. The label's own one comes last.
@@ -213,7 +219,7 @@ def _log_probs_kernel(
             ahead = tl.load(
                 row_ptr + offsets - BLOCK, mask=(offsets >= BLOCK) & (offsets - BLOCK < row_stride), other=0.0
             )
-            grad = -tl.exp2(z * LOG2_E - m * LOG2_E) * inverse_s * derivative
+            grad = -tl.exp2(z * LOG2_E - m) * inverse_s * derivative
             grad = tl.where(offsets < V, grad, 0.0)
             tl.store(row_ptr + offsets, grad.to(logits_ptr.dtype.element_ty), mask=offsets < row_stride)
         grad = (1.0 - tl.exp2(d_label) * inverse_s) * derivative_label

@@ -203,13 +203,11 @@ def layer_working(sizes: Sizes, policy: Policy, tokens: int) -> float:
     mlp = t * e * (d + in_down + f + 2 * f + in_gate_up)
     mlp += sum_bytes(sizes) * max(t, SUMMED) if summed_together(sizes) else t * e * f
     mlp += 0 if "gate_up" in policy.keep else t * e * (d + in_gate_up + 2 * f)  # normed m, gate and up
-    if tokens > t:  # the last tile's gradients of gate and up, and of the norm's output, until the next are there
-        mlp += t * e * (2 * f + in_gate_up + d)
     # do, dq dk dv; q and k rotated again where heads are normed; the kernel adds up dq in fp32, and dk and dv for each
     # query head
     attention = tokens * (e * (q + w + 2 * q + (w if s.spec.qk_norm else 0)) + 4 * q)
     # dq dk dv, rotated back into a buffer of their own, dh; of a tile the norm's output and the gradient there
-    qkv = tokens * e * (w + w + in_qkv + d + in_down) + t * e * (d + in_qkv + d) * (2 if tokens > t else 1)
+    qkv = tokens * e * (w + w + in_qkv + d + in_down) + t * e * (d + in_qkv + d)
     return flow + again + weights + gradients + max(mlp, attention, qkv)
 
 
