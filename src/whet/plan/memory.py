@@ -29,8 +29,8 @@ HEAD_ROWS = 4096  # of the gradient that the head hands down, which are scaled a
 # directly (kernels/cublaslt.py); the rest is what four measured peaks
 # leave (tests/plan/test_memory.py): cuDNN's, tables of positions, the batch.
 LIBRARIES = 160 * 2**20
-# From so many tokens on a pass takes one more value of the width a token, and 80 MiB: measured peaks at 8,192, 16,384
-# and 65,536 tokens say so, at 4,096 they do not. Who holds them is not known.
+# From so many tokens on a pass takes one more value of the width a token, and with more tokens 80 MiB besides: measured
+# peaks at 8,192, 16,384 and 65,536 tokens say so, at 4,096 they do not. Who holds them is not known.
 LONG = 8192
 
 # kernels/glu_lora.py: tokens whose products one program sums, and the most ranks that it takes.
@@ -47,9 +47,9 @@ LINK = 0.9
 # a second, once, which some minutes of training make up for.
 WORTH = 0.0005
 # From the end of a kernel to the full speed of the next, in a recorded pass. Fitted, not measured: with the rates above
-# and 8 ms a step beside its passes, it brings four measured steps (tests/plan/test_memory.py), of 8,000 to 33,000
-# kernels, within 1.2%. A fixed cost of a pass would be hard to tell from it.
-GAP = 4e-6
+# and 8 ms a step beside its passes, it brings eight measured steps (tests/plan/test_memory.py), of 8,000 to 33,000
+# kernels, within 3.6%. A fixed cost of a pass would be hard to tell from it.
+GAP = 3e-6
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def layer_working(sizes: Sizes, policy: Policy, tokens: int) -> float:
     t = min(tokens, sizes.tile)
     flow = tokens * e * (d + in_down + d + in_o)  # the gradient that came in, and that of m
     if tokens >= LONG:
-        flow += tokens * e * d + 80 * 2**20
+        flow += tokens * e * d + (80 * 2**20 if tokens > LONG else 0)
     again = kept(sizes, MOST, tokens) - kept(sizes, policy, tokens) if "qkv" not in policy.keep else 0
     weights = dequantized(sizes) if sizes.bits < 16 else 0.0  # for a whole pass
     gradients = 4 * sizes.adapter  # of the adapters, in fp32; those of weights are added where they are held
