@@ -10,11 +10,25 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from whet.kernels import attention as module
+from whet.kernels import flash4
 from whet.kernels.attention import Documents, Layout, Rows, attention, attention_backward
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 NAMES = ("out", "dq", "dk", "dv")
+
+
+BACK_ENDS = ["torch's", "flash4"]
+
+
+@pytest.fixture(params=BACK_ENDS)
+def back_end(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """cuDNN and FlashAttention 2, or FlashAttention 4 where it is installed."""
+    if request.param == "torch's":
+        monkeypatch.setattr(module, "flash4_takes", lambda q, capability: False)
+    elif not (torch.cuda.get_device_capability()[0] == 9 and flash4.installed()):
+        pytest.skip("needs Hopper and whet[flash4]")
+    return request.param
 
 
 def documents(lengths: list[int]) -> Documents:
@@ -27,6 +41,7 @@ LAYOUTS = {
     "one row": lambda: Rows(1, 513),
     "documents": lambda: documents([1, 130, 5, 64, 300, 1, 17]),
     "one document": lambda: documents([257]),
+    "empty documents": lambda: documents([64, 0, 130, 3, 0, 0, 0]),  # a recorded pass has room for more than it holds
 }
 
 
@@ -95,7 +110,9 @@ def check(got: list[Tensor], peers: list[Tensor], want: list[Tensor], given: lis
 @pytest.mark.parametrize("window", [None, 16, 129])
 @pytest.mark.parametrize(("heads", "width"), [((8, 8), 64), ((8, 2), 128), ((6, 1), 96), ((4, 2), 256)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_no_further_from_fp64_than_sdpa(layout, heads, width: int, window: int | None, dtype: torch.dtype) -> None:
+def test_no_further_from_fp64_than_sdpa(
+    layout, heads, width: int, window: int | None, dtype: torch.dtype, back_end: str
+) -> None:
     """Catches wrong boundaries, windows, scales, grouped heads, strides or saved statistics, forward and backward."""
     layout = layout()
     given = inputs(layout, heads, width, dtype)
@@ -134,7 +151,7 @@ def test_gemma_2_shapes(window: int | None, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     "layout", [lambda: Rows(2, 2048), lambda: documents([700, 2048, 1300, 48])], ids=["rows", "ragged"]
 )
-def test_8b_shapes(layout) -> None:
+def test_8b_shapes(layout, back_end: str) -> None:
     """Catches what only many tokens show: sums in 16 bits, and offsets."""
     layout = layout()
     given = inputs(layout, (32, 8), 128, torch.bfloat16)
@@ -143,7 +160,9 @@ def test_8b_shapes(layout) -> None:
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
 @pytest.mark.parametrize(("layout", "window"), [("rows", None), ("rows", 50), ("documents", 50)])
-def test_documents_do_not_touch_each_other(layout: str, window: int | None, softcap: float | None) -> None:
+def test_documents_do_not_touch_each_other(
+    layout: str, window: int | None, softcap: float | None, back_end: str
+) -> None:
     """Catches a kernel that reaches over a document's boundary, in any bit of the output."""
     layout = LAYOUTS[layout]()
     given = inputs(layout, (8, 2), 128, torch.bfloat16)
@@ -160,7 +179,7 @@ def test_documents_do_not_touch_each_other(layout: str, window: int | None, soft
     assert torch.equal(before[0][others], after[0][others])
 
 
-def test_nothing_waits_for_the_device() -> None:
+def test_nothing_waits_for_the_device(back_end: str) -> None:
     """Catches a look at the documents' lengths, or any other, in the fused back ends."""
     rows, ragged = Rows(3, 200), documents([64, 300, 17])
     for layout, window, softcap in product((rows, ragged), (None, 50), (None, 30.0)):
@@ -173,6 +192,26 @@ def test_nothing_waits_for_the_device() -> None:
             ours(given, fresh, **options)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("many", [9, 300])
+def test_many_documents_in_a_recorded_pass(many: int, back_end: str) -> None:
+    """Catches boundaries that are read when a pass is recorded instead of when it is replayed, whose documents are
+    others, and a kernel of its own for hundreds of documents."""
+    room, tokens = 2 * many, 8 * many
+    q, k, v, dout = torch.randn(tokens, 4 + 2 + 2 + 4, 64, device="cuda").bfloat16().split((4, 2, 2, 4), dim=1)
+    bounds = [torch.tensor([0, *lengths, *[0] * (room - len(lengths))]).cumsum(0).int().cuda()
+              for lengths in ([8] * many, [3, 13, 8] * (many // 3))]  # fmt: skip
+    ours([dout, q, k, v], Documents(bounds[0], 16), scale=0.1)
+    layout = Documents(bounds[0].clone(), 16)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        found = ours([dout, q, k, v], layout, scale=0.1)
+    layout.cu_seqlens.copy_(bounds[1])
+    graph.replay()
+    want = exact([dout, q, k, v], Documents(bounds[1], 13), scale=0.1)
+    for name, x, w in zip(NAMES, found, want, strict=True):
+        assert ((x.cpu().double() - w).norm() / w.norm()).item() < 1e-2, name
 
 
 def test_the_output_of_cudnn_is_not_copied() -> None:

@@ -170,7 +170,7 @@ def test_a_layout_of_other_tokens_is_refused() -> None:
 
 def test_back_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches work sent to a kernel that computes something else or refuses it: cuDNN knows no window here and heads of
-    128 at most, FlashAttention no soft cap and heads of multiples of 8, and the three of them 16 bits only."""
+    128 at most, FlashAttention no soft cap and heads of multiples of 8, and all of them 16 bits only."""
 
     def backend(layout: Layout, *, major=9, head=128, dtype=torch.bfloat16, window=None, softcap=None) -> str:
         monkeypatch.setattr(module, "_capability", lambda device: (major, 0))
@@ -179,6 +179,7 @@ def test_back_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(module, "_have_cudnn", lambda: True)
     monkeypatch.setattr(module, "HAVE_TRITON", True)
+    monkeypatch.setattr(module, "flash4_takes", lambda q, capability: False)
     rows, ragged = Rows(2, 32), Documents(torch.tensor([0, 40, 64]), 40)
     assert backend(rows) == backend(rows, window=32) == backend(rows, head=96, dtype=torch.float16) == "cudnn"
     assert backend(rows, window=31) == backend(rows, major=8) == backend(rows, head=256) == "flash"
@@ -188,6 +189,11 @@ def test_back_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert backend(rows, dtype=torch.float32) == backend(ragged, dtype=torch.float32, softcap=50.0) == "reference"
     assert backend(ragged, head=264) == backend(rows, major=7) == backend(Rows(64, 1)) == "reference"
+    monkeypatch.setattr(module, "flash4_takes", lambda q, capability: capability == (9, 0))
+    assert backend(rows) == backend(rows, window=31) == backend(ragged) == backend(ragged, head=256) == "flash4"
+    assert backend(rows, softcap=50.0) == backend(ragged, head=36) == "triton"
+    assert backend(Rows(64, 1)) == backend(rows, dtype=torch.float32) == "reference"
+    assert (backend(rows, major=10), backend(ragged, major=8)) == ("cudnn", "flash")
     monkeypatch.setattr(module, "HAVE_TRITON", False)
     assert backend(rows, softcap=50.0) == "reference"
 

@@ -41,7 +41,12 @@ def keep(kind: str, problem: str, number: int) -> None:
 
 
 def path() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "whet" / NAME
+    return folder() / NAME
+
+
+def folder() -> Path:
+    """The user's cache folder for whet. RuntimeError: no home folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "whet"
 
 
 def _read() -> dict[str, Any]:

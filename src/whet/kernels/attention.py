@@ -12,8 +12,9 @@ own key, as transformers' `sliding_window` does. Backward, from o and lse, with 
 Source: Dao 2023, arXiv:2307.08691 (backward from lse); Gemma Team 2024, arXiv:2408.00118 (the cap).
 
 On CUDA in 16 bits equal rows go to cuDNN on Hopper and later, ragged documents and sliding windows to FlashAttention,
-soft caps to the kernels of `flash.py`; those three accumulate in fp32 and round p and ds to the inputs' 16 bits. The
-rest runs the reference below, which computes in fp32 (fp64 for fp64 inputs) and holds one tile of scores at a time.
+soft caps to the kernels of `flash.py`; where FlashAttention 4 is installed (`flash4.py`), it takes the first two's
+place on Hopper. They all accumulate in fp32 and round p and ds to the inputs' 16 bits. The rest runs the reference
+below, which computes in fp32 (fp64 for fp64 inputs) and holds one tile of scores at a time.
 
 Shapes: q, out [T, H, d]; k, v [T, G, d], H a multiple of G, head h reading key head h // (H / G); lse [H, T].
 T tokens, H query heads, G key heads, d head size. Any strides with the last dimension contiguous: q, k and v may be
@@ -34,6 +35,8 @@ from torch import Tensor
 from whet.kernels._precision import wide_dtype
 from whet.kernels._triton import HAVE_TRITON
 from whet.kernels.flash import flash_backward_triton, flash_triton
+from whet.kernels.flash4 import flash4, flash4_backward
+from whet.kernels.flash4 import takes as flash4_takes
 
 QUERY_BLOCK = 256  # queries of a reference's tile: shorter tiles skip more of the scores above the diagonal
 TILE_BYTES = {"cpu": 2**18, "cuda": 2**28}  # of its scores: about what stays in cache on a CPU
@@ -94,6 +97,11 @@ def attention(
         options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
         out, lse = flash_triton(q_THd, k_TGd, v_TGd, cu_seqlens, longest, **options)
         return out, (lse,)
+    if backend == "flash4":
+        heads = (_by_row(x, layout) for x in (q_THd, k_TGd, v_TGd))
+        cu_seqlens, _, longest, _ = _bounds(layout)
+        out, lse = flash4(*heads, cu_seqlens, longest, scale=scale, window=window)
+        return out.view(q_THd.shape), (lse,)
     return _flash(q_THd, k_TGd, v_TGd, layout, scale, window)
 
 
@@ -122,6 +130,11 @@ def attention_backward(
         cu_seqlens, _, longest, _ = _bounds(layout)
         options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
         return flash_backward_triton(*given, saved[0], cu_seqlens, longest, **options)
+    if backend == "flash4":
+        heads = (_by_row(x, layout) for x in given)
+        cu_seqlens, _, longest, _ = _bounds(layout)
+        dq, dk, dv = flash4_backward(*heads, saved[0], cu_seqlens, longest, scale=scale, window=window)
+        return dq.view(q_THd.shape), dk.view(k_TGd.shape), dv.view(v_TGd.shape)
     return _flash_backward(*given, saved, layout, scale, window)
 
 
@@ -131,17 +144,19 @@ def _effective(window: int | None, layout: Layout) -> int | None:
 
 
 def _backend(q: Tensor, layout: Layout, window: int | None, softcap: float | None) -> str:
-    """cudnn, flash, triton or reference."""
+    """flash4, cudnn, flash, triton or reference."""
     head = q.shape[2]
     if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or head > 256:
         return "reference"
-    hopper, ampere = (_capability(q.device) >= (major, 0) for major in (9, 8))
+    capability = _capability(q.device)
     # The kernels treat a query alone as a case of its own, and there is little to win with one key a query.
-    if not ampere or layout.longest == 1:
+    if capability < (8, 0) or layout.longest == 1:
         return "reference"
     if softcap is not None or head % 8:
         return "triton" if HAVE_TRITON else "reference"
-    if isinstance(layout, Rows) and window is None and head <= 128 and hopper and _have_cudnn():
+    if flash4_takes(q, capability):
+        return "flash4"
+    if isinstance(layout, Rows) and window is None and head <= 128 and capability >= (9, 0) and _have_cudnn():
         return "cudnn"
     return "flash"
 

@@ -209,19 +209,23 @@ def _log_probs_kernel(
     tl.store(top1_ptr + row, (tl.max(z_max_L, axis=0) <= z_label) & (beaten == 0) & (log_prob == log_prob))
 
     if NEED_GRAD:
-        # From the end to the start: the last blocks of the row are still in cache. The label's own one comes last.
-        blocks = tl.cdiv(V, BLOCK)
-        last = (blocks - 1) * BLOCK + columns
-        ahead = tl.load(row_ptr + last, mask=last < row_stride, other=0.0)
-        for i in range(0, blocks):
-            offsets = last - i * BLOCK
+        # From the end to the start: the last blocks of the row are still in cache. The label's own one comes last. All
+        # blocks but the last are whole.
+        negative = -inverse_s
+        start = (tl.cdiv(V, BLOCK) - 1) * BLOCK
+        word = tl.load(row_ptr + start + columns, mask=start + columns < row_stride, other=0.0)
+        before = tl.maximum(start - BLOCK, 0)
+        ahead = tl.load(row_ptr + before + columns, mask=before + columns < row_stride, other=0.0)
+        z, derivative = _logits(word, scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+        grad = tl.where(start + columns < V, tl.exp2(z * LOG2_E - m) * negative * derivative, 0.0)
+        kept = start + columns < row_stride
+        tl.store(row_ptr + start + columns, grad.to(logits_ptr.dtype.element_ty), mask=kept)
+        for i in range(0, start, BLOCK):
             z, derivative = _logits(ahead, scale, softcap, HAS_SCALE, HAS_SOFTCAP)
-            ahead = tl.load(
-                row_ptr + offsets - BLOCK, mask=(offsets >= BLOCK) & (offsets - BLOCK < row_stride), other=0.0
-            )
-            grad = -tl.exp2(z * LOG2_E - m) * inverse_s * derivative
-            grad = tl.where(offsets < V, grad, 0.0)
-            tl.store(row_ptr + offsets, grad.to(logits_ptr.dtype.element_ty), mask=offsets < row_stride)
+            here = start - BLOCK - i
+            ahead = tl.load(row_ptr + tl.maximum(here - BLOCK, 0) + columns)
+            grad = tl.exp2(z * LOG2_E - m) * negative * derivative
+            tl.store(row_ptr + here + columns, grad.to(logits_ptr.dtype.element_ty))
         grad = (1.0 - tl.exp2(d_label) * inverse_s) * derivative_label
         tl.debug_barrier()
         tl.store(row_ptr + label, grad.to(logits_ptr.dtype.element_ty), mask=in_range)

@@ -25,6 +25,7 @@ from transformers import (
 from transformers.modeling_utils import PreTrainedModel
 
 from whet.errors import WhetError
+from whet.kernels import flash4
 from whet.models import attention
 from whet.models.fused import fuse
 from whet.models.streaming import streamed
@@ -129,6 +130,8 @@ def load(
     if precision not in PRECISIONS:
         raise WhetError(f"unknown precision {precision!r}", where="load", fix=f"use one of {', '.join(PRECISIONS)}")
     folder = resolve(name)
+    if attn_implementation is None:
+        flash4.prepare()
     dtype = torch.float32 if precision == "32bit" else pick_dtype(dtype)
     origin = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
     config = load_config(name, **origin)
