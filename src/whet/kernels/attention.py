@@ -98,9 +98,9 @@ def attention(
         out, lse = flash_triton(q_THd, k_TGd, v_TGd, cu_seqlens, longest, **options)
         return out, (lse,)
     if backend == "flash4":
-        heads = (_by_row(x, layout) for x in (q_THd, k_TGd, v_TGd))
+        q, k, v = (_by_row(x, layout) for x in (q_THd, k_TGd, v_TGd))
         cu_seqlens, _, longest, _ = _bounds(layout)
-        out, lse = flash4(*heads, cu_seqlens, longest, scale=scale, window=window)
+        out, lse = flash4(q, k, v, cu_seqlens, longest, scale=scale, window=window)
         return out.view(q_THd.shape), (lse,)
     return _flash(q_THd, k_TGd, v_TGd, layout, scale, window)
 
@@ -131,9 +131,9 @@ def attention_backward(
         options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
         return flash_backward_triton(*given, saved[0], cu_seqlens, longest, **options)
     if backend == "flash4":
-        heads = (_by_row(x, layout) for x in given)
+        dout, q, k, v, out = (_by_row(x, layout) for x in given)
         cu_seqlens, _, longest, _ = _bounds(layout)
-        dq, dk, dv = flash4_backward(*heads, saved[0], cu_seqlens, longest, scale=scale, window=window)
+        dq, dk, dv = flash4_backward(dout, q, k, v, out, saved[0], cu_seqlens, longest, scale=scale, window=window)
         return dq.view(q_THd.shape), dk.view(k_TGd.shape), dv.view(v_TGd.shape)
     return _flash_backward(*given, saved, layout, scale, window)
 

@@ -2,7 +2,7 @@
 
 Its kernels are written in CuTe DSL and compiled when first used, three seconds each. Compiled ones are kept in the
 user's cache folder, by its own means, so that later processes only read them; importing it takes seconds all the same,
-and `prepare` has a thread do that while a model is loaded. It is a beta, of which one version is called, by functions
+and `prepare` has a thread do that before the first step. It is a beta, of which one version is called, by functions
 that are not its public ones: autograd's are of no use to a block that keeps its own backward.
 
 Source: https://github.com/Dao-AILab/flash-attention, flash_attn/cute; Shah et al. 2024, arXiv:2407.08608.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -73,6 +74,7 @@ def _import() -> Any:
     try:
         os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
         os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(folder() / "flash4"))
+        warnings.filterwarnings("ignore", message="Argument aux_data .* cannot be converted to a JitArgument")
         return import_module(MODULE)
     except Exception as error:  # its libraries have errors of their own for what they miss
         log.warning("FlashAttention 4 can't be loaded, attention runs without it: %s: %s", type(error).__name__, error)

@@ -130,8 +130,6 @@ def load(
     if precision not in PRECISIONS:
         raise WhetError(f"unknown precision {precision!r}", where="load", fix=f"use one of {', '.join(PRECISIONS)}")
     folder = resolve(name)
-    if attn_implementation is None:
-        flash4.prepare()
     dtype = torch.float32 if precision == "32bit" else pick_dtype(dtype)
     origin = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
     config = load_config(name, **origin)
@@ -157,7 +155,8 @@ def load(
     _keep_nf4_layout(model)
     if attn_implementation is None and getattr(model, "_supports_attention_backend", False):
         model.set_attn_implementation(attention.register())
-        fuse(model)
+        if fuse(model) is not None:
+            flash4.prepare()  # while a trainer is made; beside the reading of weights it would take that thread's time
     return model, tokenizer
 
 
