@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-LIBRARIES = ("torch", "triton", "transformers", "trl", "peft", "bitsandbytes", "liger-kernel", "unsloth")
+LIBRARIES = (
+    "torch", "triton", "transformers", "trl", "peft", "bitsandbytes", "liger-kernel", "unsloth", "flash-attn-4",
+)  # fmt: skip
 
 
 def origin(*also: str) -> dict[str, Any]:

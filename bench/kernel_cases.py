@@ -210,11 +210,22 @@ def product_flops(s: Sizes, lengths: list[int]) -> int:
     return 2 * s.d * s.H * sum(length * (length + 1) // 2 for length in lengths)
 
 
+def by_torch(run: Callable[..., Any], *given: Any, **options: Any) -> Any:
+    """What `run` does where FlashAttention 4 is not installed."""
+    from whet.kernels import attention as module
+
+    takes, module.flash4_takes = module.flash4_takes, lambda *_: False
+    try:
+        return run(*given, **options)
+    finally:
+        module.flash4_takes = takes
+
+
 def attention(s: Sizes, on: Device, lengths: list[int]) -> Work:
     from whet.kernels.attention import attention
 
     qkv, documents = heads(s, on, sum(lengths)), layout(s, on, lengths)
-    run = partial(attention, *qkv, documents, scale=s.d**-0.5)
+    run = partial(by_torch, attention, *qkv, documents, scale=s.d**-0.5)
     out, saved = run()
     return Work(run, qkv, [unallocated(out), unallocated(saved[0])], 2 * product_flops(s, lengths))
 
@@ -223,10 +234,35 @@ def attention_backward(s: Sizes, on: Device, lengths: list[int]) -> Work:
     from whet.kernels.attention import attention, attention_backward
 
     qkv, documents = heads(s, on, sum(lengths)), layout(s, on, lengths)
-    out, saved = attention(*qkv, documents, scale=s.d**-0.5)
+    out, saved = by_torch(attention, *qkv, documents, scale=s.d**-0.5)
     dout = on.normal(*out.shape)
-    run = partial(attention_backward, dout, *qkv, out, saved, documents, scale=s.d**-0.5)
+    run = partial(by_torch, attention_backward, dout, *qkv, out, saved, documents, scale=s.d**-0.5)
     return Work(run, [dout, *qkv, out, saved[0]], [unallocated(x) for x in qkv], 5 * product_flops(s, lengths))
+
+
+def flash4(s: Sizes, on: Device, lengths: list[int]) -> Work:
+    from whet.kernels.attention import _bounds, _by_row
+    from whet.kernels.flash4 import flash4
+
+    qkv, documents = heads(s, on, sum(lengths)), layout(s, on, lengths)
+    cu_seqlens, _, longest, _ = _bounds(documents)
+    rows = (_by_row(x, documents) for x in qkv)
+    run = partial(flash4, *rows, cu_seqlens, longest, scale=s.d**-0.5, window=None)
+    return Work(run, qkv, [unallocated(x) for x in run()], 2 * product_flops(s, lengths), host_bound=True)
+
+
+def flash4_backward(s: Sizes, on: Device, lengths: list[int]) -> Work:
+    from whet.kernels.attention import _bounds, _by_row
+    from whet.kernels.flash4 import flash4, flash4_backward
+
+    qkv, documents = heads(s, on, sum(lengths)), layout(s, on, lengths)
+    cu_seqlens, _, longest, _ = _bounds(documents)
+    rows, options = [_by_row(x, documents) for x in qkv], {"scale": s.d**-0.5, "window": None}
+    out, lse = flash4(*rows, cu_seqlens, longest, **options)
+    dout = on.normal(*out.shape)
+    run = partial(flash4_backward, dout, *rows, out, lse, cu_seqlens, longest, **options)
+    written = [unallocated(x) for x in qkv]
+    return Work(run, [dout, *qkv, out, lse], written, 5 * product_flops(s, lengths), host_bound=True)
 
 
 def flash(s: Sizes, on: Device, lengths: list[int]) -> Work:
@@ -348,6 +384,14 @@ def needs_fp8(on: Device) -> None:
 
     if not supported(torch.device(on.name)):
         raise Missing("FP8 products with a scale a row need NVIDIA's Hopper or later")
+
+
+def needs_flash4(on: Device) -> None:
+    """Elsewhere others run, which have lines of their own."""
+    from whet.kernels.flash4 import takes
+
+    if not takes(on.empty(1, 1, 128), torch.cuda.get_device_capability()):
+        raise Missing("FlashAttention 4 is called on Hopper, and where whet[flash4] is installed")
 
 
 def needs_cublaslt(on: Device, dtype: torch.dtype) -> None:
@@ -523,8 +567,12 @@ def cases(s: Sizes, tokens: Sequence[int], on: Device) -> list[Case]:
             ([s.row] * (T // s.row), f"{T // s.row}x{s.row}"),
             (mixed, f"{len(mixed)} documents of up to {max(mixed)}"),
         ):
-            for kernel in (attention, attention_backward, flash, flash_backward):
-                add(kernel, name + (", soft cap" if kernel in (flash, flash_backward) else ""), T, lengths)
+            for kernel in (attention, attention_backward):
+                add(kernel, name, T, lengths)
+            for kernel in (flash4, flash4_backward):
+                add(kernel, name, T, lengths, needs=partial(needs_flash4, on))
+            for kernel in (flash, flash_backward):
+                add(kernel, name + ", soft cap", T, lengths)
         for K in (s.D, s.W, s.F, 2 * s.F):
             add(quantize_rows, f"K={K}", T, T, K, needs=fp8)
         for N, K in ((2 * s.F, s.D), (s.D, 2 * s.F), (s.D, s.F)):

@@ -58,7 +58,7 @@ def finetune_row(line: Line, lines: list[Line]) -> list[str]:
     peak = line["peak_allocated_gib"]
     return [
         work(line["work"]),
-        line["engine"],
+        engine(line),
         f"{line['real_tok_s']:,.0f}",
         against_baseline(line, lines),
         f"{line['step_s']['median']:.3g} ({line['step_s']['min']:.3g} to {line['step_s']['max']:.3g})",
@@ -67,6 +67,11 @@ def finetune_row(line: Line, lines: list[Line]) -> list[str]:
         f"{line['first_steps_s'][0]:.1f}" if line["first_steps_s"] else "-",
         *where(line),
     ]
+
+
+def engine(line: Line) -> str:
+    """Its name, with the extra that it ran with."""
+    return "whet[flash4]" if line["engine"] == "whet" and "flash-attn-4" in line["versions"] else line["engine"]
 
 
 def work(work: Line) -> str:
@@ -164,13 +169,13 @@ def fp8_row(line: Line, lines: list[Line]) -> list[str]:
 def trace_row(line: Line, lines: list[Line]) -> list[str]:
     shares = [f"{line['ms'][name]:,.1f}" for name in CATEGORIES]
     steps = [f"{line[name]:,.1f}" for name in ("timed_ms", "wall_ms")]
-    return [work(line["work"]), line["engine"], *steps, *shares, f"{line['launches']:,}", *where(line)]
+    return [work(line["work"]), engine(line), *steps, *shares, f"{line['launches']:,}", *where(line)]
 
 
 def where(line: Line) -> list[str]:
     """Hardware, versions (with whet's commit) and date."""
     versions = [f"{name} {line['versions'][name]}" for name in NAMED if name in line["versions"]]
-    for name in ("whet", "liger-kernel", "unsloth"):
+    for name in ("flash-attn-4", "whet", "liger-kernel", "unsloth"):
         if name in line["versions"]:
             versions.insert(0, f"{name} {line['versions'][name]}")
     if line["commit"]:

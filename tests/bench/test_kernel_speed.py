@@ -24,6 +24,8 @@ import torch
 
 import whet.kernels
 from tests.bench.scripts import load
+from tests.flash4_stand_in import StandIn
+from whet.kernels import flash4
 from whet.kernels._triton import HAVE_TRITON
 
 ROOT = Path(__file__).parents[2]
@@ -34,12 +36,15 @@ HELPERS = {
     "arrange",
     "available",
     "chunk_rows",
+    "installed",
+    "interface",
     "kernel_keys",
     "kernel_takes",
     "lay_out",
     "matrix",
     "multiply",
     "new_buffer",
+    "prepare",
     "shuffles",
     "stack",
     "stack_dense",
@@ -69,8 +74,15 @@ def named(kernel: str, shape: str = "") -> Any:
     return next(case for case in CASES if case.kernel == kernel and case.shape.startswith(shape)).make()
 
 
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention 4 as far as a CPU can have it."""
+    if not CUDA:
+        monkeypatch.setattr(flash4, "_loaded", [StandIn()])
+
+
 def needs_triton(kernel: str) -> None:
-    if kernel.startswith("flash") and not HAVE_TRITON:
+    if kernel in ("flash", "flash_backward") and not HAVE_TRITON:
         pytest.skip("has no reference of its own: needs triton")
 
 
@@ -108,7 +120,7 @@ def test_cases_can_be_told_apart() -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.kernel} {case.shape}")
-def test_every_case_runs(case: Any) -> None:
+def test_every_case_runs(case: Any, stand_in: None) -> None:
     """Catches a call that no longer fits a kernel's signature, and an output that is not written."""
     needs_triton(case.kernel)
     work = case.make()
@@ -123,8 +135,10 @@ def test_every_case_runs(case: Any) -> None:
             assert x.float().isfinite().all()
 
 
-@pytest.mark.parametrize("kernel", ["attention", "attention_backward", "flash", "flash_backward"])
-def test_ragged_documents_run(kernel: str) -> None:
+@pytest.mark.parametrize(
+    "kernel", ["attention", "attention_backward", "flash", "flash_backward", "flash4", "flash4_backward"]
+)
+def test_ragged_documents_run(kernel: str, stand_in: None) -> None:
     """Catches a layout for rows given to documents: at the small shapes all mixed documents are equally long."""
     needs_triton(kernel)
     work = getattr(kernel_cases, kernel)(SMALL, HERE, [5, 20, 39])
@@ -161,6 +175,8 @@ ADAPTER_BLOCKS = 2 * 14  # none has more than 256 values
         ("extend", "qkv", W * 16 + 16 * 64, (3 * 2 * 64 + W * 2) * 4, 0),
         ("attention", "", T * W + T * 64, LSE, 2 * 2 * 16 * 4 * 2 * (32 * 33 // 2)),
         ("attention_backward", "", 2 * T * W + 2 * T * 64, LSE, 5 * 2 * 16 * 4 * 2 * (32 * 33 // 2)),
+        ("flash4", "", T * W + T * 64, LSE, 2 * 2 * 16 * 4 * 2 * (32 * 33 // 2)),
+        ("flash4_backward", "", 2 * T * W + 2 * T * 64, LSE, 5 * 2 * 16 * 4 * 2 * (32 * 33 // 2)),
         ("log_probs_of_logits", "", 2 * 4 * 100, 4 * (8 + 4 + 4 + 1), 0),
         ("linear_log_probs", "", 2 * 8 * 64 + 100 * 64, 8 * (8 + 4 + 4 + 1), 2 * 2 * 8 * 100 * 64),
         ("logits_gradient", "", 2 * 4 * 100, 4 * (8 + 4 + 4), 0),
@@ -176,7 +192,7 @@ ADAPTER_BLOCKS = 2 * 14  # none has more than 256 values
         ("lora_da", "K=64", T * 6 + T * 64, 6 * 64 * 4, 2 * T * 64 * 6),
     ],
 )
-def test_what_must_move(kernel: str, shape: str, values: int, other_bytes: int, flops: int) -> None:
+def test_what_must_move(kernel: str, shape: str, values: int, other_bytes: int, flops: int, stand_in: None) -> None:
     """Catches a margin, a table or an output that is not counted, or counted twice: the bound would be a wrong one."""
     work = named(kernel, shape)
     assert work.bytes == values * ITEM + other_bytes

@@ -114,6 +114,8 @@ def test_no_further_from_fp64_than_sdpa(
     layout, heads, width: int, window: int | None, dtype: torch.dtype, back_end: str
 ) -> None:
     """Catches wrong boundaries, windows, scales, grouped heads, strides or saved statistics, forward and backward."""
+    if back_end == "flash4" and dtype == torch.float16 and width != 128:
+        pytest.skip("every form of its kernels takes seconds to compile")
     layout = layout()
     given = inputs(layout, heads, width, dtype)
     options = {"scale": width**-0.5, "window": window}

@@ -225,7 +225,8 @@ def _log_probs_kernel(
             here = start - BLOCK - i
             ahead = tl.load(row_ptr + tl.maximum(here - BLOCK, 0) + columns)
             grad = tl.exp2(z * LOG2_E - m) * negative * derivative
-            tl.store(row_ptr + here + columns, grad.to(logits_ptr.dtype.element_ty))
+            # .cs: nobody reads it before long; the logits that are still to be read may stay in cache instead
+            tl.store(row_ptr + here + columns, grad.to(logits_ptr.dtype.element_ty), cache_modifier=".cs")
         grad = (1.0 - tl.exp2(d_label) * inverse_s) * derivative_label
         tl.debug_barrier()
         tl.store(row_ptr + label, grad.to(logits_ptr.dtype.element_ty), mask=in_range)
@@ -244,7 +245,7 @@ def log_probs_of_logits_triton(
     N, V = logits_NV.shape
     if N == 0:
         return
-    lanes = min(512, max(32, triton.next_power_of_2(V) // WIDTH))
+    lanes = min(1024, max(32, triton.next_power_of_2(V) // WIDTH))
     _log_probs_kernel[(N,)](
         logits_NV,
         labels_N,

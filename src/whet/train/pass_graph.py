@@ -149,6 +149,7 @@ class PassGraph:
         if self.graph is not None:
             self.graph.reset()
             self.graph, self._batch, self._found = None, {}, {}
+            torch._C._cuda_clearCublasWorkspaces()  # those of its stream
             torch.cuda.empty_cache()
 
     def _bind(self) -> None:
