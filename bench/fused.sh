@@ -5,19 +5,20 @@
 #
 # OUT/fused.jsonl gets each line as soon as its run is done, OUT/trace two profiled steps of whet and of Unsloth within
 # 21 GiB, OUT/logs what they said. A run that fails or outlasts its time is said at the end; the exit status is then 1.
+# RUN_ID: of another call in the same command, for engines that need other packages.
 set -uo pipefail
 out=$(realpath -m "${1:?usage: bench/fused.sh OUT [WORK ...]}"); shift
 cd "$(dirname "$0")/.."
 mkdir -p "$out/logs"
 export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" TQDM_DISABLE=1
-run=$(date +%s)
+run=${RUN_ID:-$(date +%s)}
 failed=()
 
 one() { # seconds, engine, name, arguments of finetune.py
   local limit=$1 engine=$2 name=$3; shift 3
   timeout "$limit" python bench/finetune.py --engine "$engine" --run-id "$run" --out "$out/fused.jsonl" "$@" \
     > "$out/logs/$name.log" 2>&1 || failed+=("$name")
-  echo "$(( $(date +%s) - run )) s: $name"
+  echo "$SECONDS s: $name"
 }
 
 qlora="--model 8b --bs 2 --ga 4 --seq 2048"

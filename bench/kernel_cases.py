@@ -390,7 +390,7 @@ def needs_flash4(on: Device) -> None:
     """Elsewhere others run, which have lines of their own."""
     from whet.kernels.flash4 import takes
 
-    if not takes(on.empty(1, 1, 128), torch.cuda.get_device_capability()):
+    if not (torch.cuda.is_available() and takes(on.empty(1, 1, 128), torch.cuda.get_device_capability())):
         raise Missing("FlashAttention 4 is called on Hopper, and where whet[flash4] is installed")
 
 
