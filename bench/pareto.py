@@ -117,7 +117,8 @@ def panels(lines: list[Line]) -> dict[Panel, list[Point]]:
             r=r,
             hardware=line["hardware"],
         )
-        point = Point(line["engine"], line["peak_allocated_gib"], line["real_tok_s"], setting(work))
+        extra = ", flash4" if line["engine"] == "whet" and "flash-attn-4" in line["versions"] else ""
+        point = Point(line["engine"], line["peak_allocated_gib"], line["real_tok_s"], setting(work) + extra)
         found.setdefault(panel, []).append(point)
     order = list(STYLES)
 

@@ -26,7 +26,7 @@ pareto = load("pareto")
 
 def line(engine: str, tok_s: float, gib: float | None, run_id: str | None = "one", **work: Any) -> dict[str, Any]:
     hardware = work.pop("hardware", "GPU A")
-    measured = {"real_tok_s": tok_s, "peak_allocated_gib": gib, "hardware": hardware}
+    measured = {"real_tok_s": tok_s, "peak_allocated_gib": gib, "hardware": hardware, "versions": {}}
     return {"kind": "finetune", "run_id": run_id, "engine": engine, "work": WORK | work, **measured}
 
 
@@ -100,6 +100,15 @@ def test_panels_and_points_stand_in_one_order() -> None:
     found, turned = pareto.panels(MEASURED), pareto.panels(MEASURED[::-1])
     assert list(found.items()) == list(turned.items())
     assert len(found) == 2
+
+
+def test_whet_with_an_extra_is_told_apart() -> None:
+    """Catches two points of one label, and a peer that is said to run with what merely lay beside it."""
+    lines = [line(engine, 100, 7.0) | {"versions": {"flash-attn-4": "4"}} for engine in ("whet", "hf")]
+    (points,) = pareto.panels([*lines, line("whet", 90, 7.0)]).values()
+    labels = {(point.engine, point.tok_s): point.label for point in points}
+    assert labels[("whet", 100)] == labels[("whet", 90)] + ", flash4"
+    assert labels[("hf", 100)] == labels[("whet", 90)]
 
 
 def test_the_rank_of_a_full_fine_tune_means_nothing() -> None:

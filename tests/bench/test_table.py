@@ -93,6 +93,14 @@ def test_a_table_of_one_origin_says_it_once(repository: Path) -> None:
     assert caption in (repository / "README.md").read_text()
 
 
+def test_an_extra_belongs_to_the_name(repository: Path) -> None:
+    """Catches figures that need an extra given for whet's without it, and a peer said to use it."""
+    versions = {"torch": "2.11.0", "whet": "0.1.0", "flash-attn-4": "4.0.0b36"}
+    write(repository, line("whet", 11700.0, versions=versions), line("hf", 5850.0, versions=versions))
+    table(repository)
+    assert {row[1] for row in cells(repository)} == {"whet[flash4]", "hf"}
+
+
 def test_rows_of_several_origins_each_say_theirs(repository: Path) -> None:
     """Catches a caption that claims one card for rows that were measured on two."""
     write(repository, line("whet", 11700.0), line("whet", 11700.0, hardware="GPU B"))

@@ -19,6 +19,7 @@ from trl.experimental import orpo
 
 import whet
 from tests.train.setups import TEXTS, common
+from whet.kernels import flash4
 from whet.train import trainers
 
 PAIRS = {
@@ -304,6 +305,18 @@ def test_the_adapter_is_not_rounded(load: Callable[..., Any], tmp_path: Path) ->
         if parameter.requires_grad:
             assert parameter.dtype == torch.float32
             assert torch.equal(parameter, before[name])
+
+
+def test_flash_attention_4_is_imported_while_the_trainer_is_made(
+    load: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches seconds of import in the time of loading a model, or of the first step."""
+    asked: list[str] = []
+    monkeypatch.setattr(flash4, "prepare", lambda: asked.append("now"))
+    model, tokenizer = load()
+    assert asked == []
+    whet.SFTTrainer(model, tokenizer=tokenizer, train_dataset=_rows("SFT"), args=whet.SFTConfig(**common(tmp_path)))
+    assert asked == ["now"]
 
 
 def test_configs_have_the_fields_of_trl_s() -> None:

@@ -2,7 +2,7 @@
 
 Its kernels are written in CuTe DSL and compiled when first used, three seconds each. Compiled ones are kept in the
 user's cache folder, by its own means, so that later processes only read them; importing it takes seconds all the same,
-and `prepare` has a thread do that before the first step. It is a beta, of which one version is called, by functions
+and `prepare` has a thread do that while a trainer is made. It is a beta, of which one version is called, by functions
 that are not its public ones: autograd's are of no use to a block that keeps its own backward.
 
 Source: https://github.com/Dao-AILab/flash-attention, flash_attn/cute; Shah et al. 2024, arXiv:2407.08608.

@@ -25,7 +25,6 @@ from transformers import (
 from transformers.modeling_utils import PreTrainedModel
 
 from whet.errors import WhetError
-from whet.kernels import flash4
 from whet.models import attention
 from whet.models.fused import fuse
 from whet.models.streaming import streamed
@@ -155,8 +154,7 @@ def load(
     _keep_nf4_layout(model)
     if attn_implementation is None and getattr(model, "_supports_attention_backend", False):
         model.set_attn_implementation(attention.register())
-        if fuse(model) is not None:
-            flash4.prepare()  # while a trainer is made; beside the reading of weights it would take that thread's time
+        fuse(model)
     return model, tokenizer
 
 

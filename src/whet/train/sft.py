@@ -10,6 +10,7 @@ import torch
 import trl
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from whet.kernels import flash4
 from whet.models import fused
 from whet.models.head import use_fused_head
 from whet.plan.fit import fit_to_memory
@@ -203,6 +204,7 @@ class SFTTrainer(OlderTrainer, trl.SFTTrainer):
         shared = fused.shared_of(arguments["model"]) if hasattr(arguments.get("model"), "max_seq_length") else None
         if shared is None:
             return
+        flash4.prepare()
         if shared.auto:
             model = arguments["model"]
             length = config.max_length or model.max_seq_length
