@@ -278,7 +278,11 @@ def _set_checkpointing(model: PreTrainedModel | PeftModel, value: bool | str) ->
     # transformers 5.24 renamed both methods
     if recompute:
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        base.disable_input_require_grads()  # PEFT's; transformers forgets those before its own
         enable({"use_reentrant": False})
+        # It also has the embedding's output ask for a gradient, which reentrant checkpoints need and nobody reads: a
+        # product with the first layer's q, k and v for each token.
+        base.disable_input_require_grads()
     elif _recomputes(base):
         disable = getattr(base, "activation_checkpointing_disable", None) or base.gradient_checkpointing_disable
         disable()

@@ -202,6 +202,30 @@ def test_checkpointing_as_transformers_does_it_changes_nothing(llama: Path, laye
     assert len(layers_run) == 2
 
 
+@pytest.mark.parametrize("recompute", [True, False, "unsloth"])
+def test_the_first_layer_has_no_input_to_differentiate(
+    llama: Path, recompute: bool | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a product for the embedding's output, whose gradient nobody reads: transformers asks for it whenever
+    anything is recomputed."""
+    asked, backward = [], fused.Block.backward
+
+    def spy(self: Any, *args: Any, input_grad: bool, **kwargs: Any) -> Any:
+        asked.append(input_grad)
+        return backward(self, *args, input_grad=input_grad, **kwargs)
+
+    monkeypatch.setattr(fused.Block, "backward", spy)
+    model, _ = FastLanguageModel.from_pretrained(str(llama), use_gradient_checkpointing=recompute)
+    model = FastLanguageModel.get_peft_model(model, r=2, use_gradient_checkpointing=recompute)
+    FastLanguageModel.for_training(model, use_gradient_checkpointing=recompute)
+    model(IDS, labels=IDS, use_cache=False).loss.backward()
+    assert asked[-1] is False
+    assert asked[:-1] == [True] * (len(asked) - 1) != []
+    embedded = model.get_input_embeddings()(IDS).detach().requires_grad_()
+    model(inputs_embeds=embedded, labels=IDS, use_cache=False).loss.backward()
+    assert embedded.grad is not None, "who asks for it gets it"
+
+
 @pytest.mark.parametrize("family", ["opt"])
 def test_a_model_of_another_kind_says_so(tmp_path: Path, family: str, caplog: pytest.LogCaptureFixture) -> None:
     from transformers import OPTConfig, OPTForCausalLM
