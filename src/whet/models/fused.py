@@ -381,3 +381,12 @@ def path_of(model: nn.Module) -> str:
     generic = ", ".join(reasons)
     count = sum(reasons.values())
     return f"generic: {generic}" if count == total else f"fused, but for {count} of {total}: {generic}"
+
+
+def trained_layers(model: nn.Module) -> list[list[nn.Parameter]]:
+    """The weights that train, of each fused layer from the first; none where adapters do, or where a layer has none."""
+    layers = [m for m in model.modules() if isinstance(m, FusedLayer)]
+    if any("lora_" in name for name, p in model.named_parameters() if p.requires_grad):
+        return []
+    found = [[p for p in layer.parameters() if p.requires_grad] for layer in layers]
+    return found if all(found) else []

@@ -16,7 +16,7 @@ from whet.errors import WhetError
 from whet.models import activations, pinned
 from whet.models.activations import Policy
 from whet.models.embedding import bytes_of, movable_embedding, move_to_host
-from whet.models.fused import FusedLayer, shared_of
+from whet.models.fused import FusedLayer, shared_of, trained_layers
 from whet.plan import memory
 from whet.plan.memory import GIB, Device, Plan, Sizes
 
@@ -94,8 +94,7 @@ def static_bytes(model: nn.Module, optimizer: str, *, layerwise: bool = False) -
             states = 2.1 if eight_bit and p not in embeddings else 8
             coming += p.numel() * (states + (p.element_size() if p.grad is None else 0))
     if layerwise:
-        layers = [m for m in model.modules() if isinstance(m, FusedLayer)]
-        each = [sum(p.numel() * p.element_size() for p in m.parameters() if p.requires_grad) for m in layers]
+        each = [sum(p.numel() * p.element_size() for p in layer) for layer in trained_layers(model)]
         coming -= sum(each) - max(each, default=0)
     return torch.cuda.memory_allocated() + coming
 

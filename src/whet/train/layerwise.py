@@ -13,22 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from whet.models.fused import FusedLayer
 from whet.train.optimizer import NAMES, AdamW8bit
 
 
 def allowed(args: Any) -> bool:
     """Whether a trainer's arguments leave each gradient to itself, in steps of one pass: no limit on their norm."""
     return not (args.max_grad_norm or 0) > 0 and args.optim in NAMES
-
-
-def layers_of(model: nn.Module) -> list[list[nn.Parameter]]:
-    """The weights that train, of each fused layer from the first; none where only adapters do."""
-    layers = [m for m in model.modules() if isinstance(m, FusedLayer)]
-    if any("lora_" in name for name, p in model.named_parameters() if p.requires_grad):
-        return []
-    found = [[p for p in layer.parameters() if p.requires_grad] for layer in layers]
-    return found if all(found) else []
 
 
 class Layerwise:

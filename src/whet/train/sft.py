@@ -17,7 +17,7 @@ from whet.plan.fit import fit_to_memory
 from whet.train.arguments import OlderArguments
 from whet.train.collator import PaddingFree, nearly_whole
 from whet.train.formatting import FormattingFunction, formatted
-from whet.train.layerwise import Layerwise, allowed, layers_of
+from whet.train.layerwise import Layerwise, allowed
 from whet.train.older import Arguments, OlderTrainer
 from whet.train.optimizer import AdamW8bit
 from whet.train.pass_graph import PassGraph, obstacle
@@ -80,7 +80,7 @@ class SFTTrainer(OlderTrainer, trl.SFTTrainer):
         """Its steps go layer by layer where that changes nothing but memory."""
         made = super().create_optimizer(*args, **kwargs)
         one = self.args.gradient_accumulation_steps == 1 and self.accelerator.num_processes == 1
-        layers = layers_of(self.model) if one and allowed(self.args) else []
+        layers = fused.trained_layers(self.model) if one and allowed(self.args) else []
         if layers and isinstance(made, AdamW8bit):
             self._layerwise = Layerwise(layers, made)
             log.info("weights are updated layer by layer, within the backward pass")
@@ -210,7 +210,7 @@ class SFTTrainer(OlderTrainer, trl.SFTTrainer):
             length = config.max_length or model.max_seq_length
             steady = config.packing or nearly_whole(arguments.get("train_dataset"), length)
             recorded = steady and not config.fp16 and obstacle(model) is None
-            layerwise = allowed(config) and bool(layers_of(model))
+            layerwise = allowed(config) and bool(fused.trained_layers(model))
             fit_to_memory(model, config, shared.budget, recorded=recorded, layerwise=layerwise)
 
     def _prepare_dataset(
