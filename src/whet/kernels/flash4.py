@@ -51,7 +51,7 @@ def installed() -> bool:
 
 
 def prepare() -> Thread | None:
-    """Import it in a thread where this GPU has kernels of it, so that the first step need not wait. Says if it lacks."""
+    """Import it in a thread where this GPU has kernels of it: the first step then need not wait. Says if it lacks."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         return None
     if not installed():
