@@ -194,6 +194,10 @@ def test_back_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backend(rows, softcap=50.0) == backend(ragged, head=36) == "triton"
     assert backend(Rows(64, 1)) == backend(rows, dtype=torch.float32) == "reference"
     assert (backend(rows, major=10), backend(ragged, major=8)) == ("cudnn", "flash")
+    with monkeypatch.context() as patch:  # neither of the two keeps the order of its sums
+        patch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+        assert backend(rows) == backend(rows, major=10) == backend(ragged) == "flash"
+        assert backend(rows, softcap=50.0) == "triton"
     monkeypatch.setattr(module, "HAVE_TRITON", False)
     assert backend(rows, softcap=50.0) == "reference"
 

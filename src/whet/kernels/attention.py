@@ -13,8 +13,9 @@ Source: Dao 2023, arXiv:2307.08691 (backward from lse); Gemma Team 2024, arXiv:2
 
 On CUDA in 16 bits equal rows go to cuDNN on Hopper and later, ragged documents and sliding windows to FlashAttention,
 soft caps to the kernels of `flash.py`; where FlashAttention 4 is installed (`flash4.py`), it takes the first two's
-place on Hopper. They all accumulate in fp32 and round p and ds to the inputs' 16 bits. The rest runs the reference
-below, which computes in fp32 (fp64 for fp64 inputs) and holds one tile of scores at a time.
+place on Hopper. cuDNN and FlashAttention 4 sum gradients in no fixed order: under torch's deterministic algorithms
+FlashAttention 2 runs instead. All accumulate in fp32 and round p and ds to the inputs' 16 bits. The rest runs the
+reference below, which computes in fp32 (fp64 for fp64 inputs) and holds one tile of scores at a time.
 
 Shapes: q, out [T, H, d]; k, v [T, G, d], H a multiple of G, head h reading key head h // (H / G); lse [H, T].
 T tokens, H query heads, G key heads, d head size. Any strides with the last dimension contiguous: q, k and v may be
@@ -154,6 +155,8 @@ def _backend(q: Tensor, layout: Layout, window: int | None, softcap: float | Non
         return "reference"
     if softcap is not None or head % 8:
         return "triton" if HAVE_TRITON else "reference"
+    if torch.are_deterministic_algorithms_enabled():
+        return "flash"
     if flash4_takes(q, capability):
         return "flash4"
     if isinstance(layout, Rows) and window is None and head <= 128 and capability >= (9, 0) and _have_cudnn():
