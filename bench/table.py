@@ -46,12 +46,23 @@ def render(lines: list[Line]) -> str:
     columns, row = KINDS[kinds.pop()]
     rows = [row(line, lines) for line in lines]
     caption = ""
-    origins = {tuple(cells[-len(ORIGIN) :]) for cells in rows}
+    together = versions_together(lines)
+    origins = {tuple(where(line | {"versions": together or line["versions"]})) for line in lines}
     if len(origins) == 1:  # said once, under the table
         caption = f"\n\n{'; '.join(origins.pop())}."
         columns, rows = columns[: -len(ORIGIN)], [cells[: -len(ORIGIN)] for cells in rows]
     table = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in table) + caption
+
+
+def versions_together(lines: list[Line]) -> dict[str, str] | None:
+    """Of every library that a line has; None where two lines have two versions of one."""
+    found: dict[str, str] = {}
+    for line in lines:
+        if any(found.get(name, version) != version for name, version in line["versions"].items()):
+            return None
+        found |= line["versions"]
+    return found
 
 
 def finetune_row(line: Line, lines: list[Line]) -> list[str]:

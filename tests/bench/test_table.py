@@ -101,6 +101,25 @@ def test_an_extra_belongs_to_the_name(repository: Path) -> None:
     assert {row[1] for row in cells(repository)} == {"whet[flash4]", "hf"}
 
 
+def test_libraries_that_one_engine_alone_has_are_named_once(repository: Path) -> None:
+    """Catches a column of versions in each row, for the sake of a library that a peer does not have."""
+    common = {"torch": "2.11.0", "transformers": "5.17.0"}
+    write(repository, line("whet", 11700.0, versions=common | {"whet": "0.1.0"}), line("hf", 5850.0, versions=common))
+    table(repository)
+    assert {len(row) for row in cells(repository)} == {len(MEASURED)}
+    caption = "GPU A; whet 0.1.0, torch 2.11.0, transformers 5.17.0, commit abc; 2026-11-25."
+    assert caption in (repository / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["torch", "whet"])
+def test_two_versions_of_one_library_are_told_apart(repository: Path, name: str) -> None:
+    """Catches a caption that names one of two."""
+    versions = {"torch": "2.11.0", "whet": "0.1.0"}
+    write(repository, line("whet", 1.0, versions=versions), line("whet", 1.0, versions=versions | {name: "9"}))
+    table(repository)
+    assert [row[-2].count(f"{name} 9") for row in cells(repository)] == [0, 1]
+
+
 def test_rows_of_several_origins_each_say_theirs(repository: Path) -> None:
     """Catches a caption that claims one card for rows that were measured on two."""
     write(repository, line("whet", 11700.0), line("whet", 11700.0, hardware="GPU B"))
