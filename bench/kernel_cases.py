@@ -2,116 +2,31 @@
 
 A kernel is imported where it is used: one that cannot be imported fails alone.
 
-Shapes: T tokens, D model width, F width of the MLP, H query heads and G key heads of size d, W = (H + 2 G) d, V
-vocabulary, r LoRA's rank, R columns for adapters beside a weight.
+Attention's are in attention_cases.py; shapes: see kernel_work.py.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from attention_cases import (
+    attention,
+    attention_backward,
+    flash,
+    flash4,
+    flash4_backward,
+    flash_backward,
+    mixed_lengths,
+    needs_flash4,
+)
+from kernel_work import Case, Device, Missing, Sizes, Work, unallocated
 from torch import Tensor
 
-SOFTCAP = 50.0  # Gemma 2's
 EPS = 1e-5
-
-
-class Missing(Exception):
-    """This machine lacks what a kernel needs. Says what."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Of a model (Llama-3.1-8B), and of what is cut into pieces."""
-
-    D: int = 4096
-    F: int = 14336
-    H: int = 32
-    G: int = 8
-    d: int = 128
-    V: int = 128256
-    r: int = 16
-    R: int = 64
-    row: int = 2048  # tokens of a row, and at most of a mixed document
-    head_rows: int = 4096  # labelled rows of `linear_log_probs`
-    chunk: int = 1024  # of them in one buffer of logits
-    layers: int = 32  # whose adapters an optimizer updates
-    # weights trained whole, count and shape: matrices of Llama-3.2-1B's MLPs, and its head
-    trained: tuple[tuple[int, int, int], ...] = ((16, 2048, 8192), (1, 128256, 2048))
-
-    @property
-    def W(self) -> int:
-        return (self.H + 2 * self.G) * self.d
-
-    @property
-    def projections(self) -> dict[str, tuple[tuple[int, ...], int]]:
-        """Of a layer: outputs of each one's stacked layers, and its inputs."""
-        q, kv = self.H * self.d, self.G * self.d
-        return {
-            "qkv": ((q, kv, kv), self.D),
-            "o": ((self.D,), q),
-            "gate, up": ((self.F,) * 2, self.D),
-            "down": ((self.D,), self.F),
-        }
-
-    @property
-    def adapters(self) -> list[tuple[int, int, int]]:
-        """Count and shape of A and B of every stacked layer."""
-        parts = [(n, K) for ns, K in self.projections.values() for n in ns]
-        return [(self.layers, *shape) for n, K in parts for shape in ((self.r, K), (n, self.r))]
-
-
-@dataclass(frozen=True)
-class Device:
-    """Where tensors are, and in what precision. Values are random: a GPU multiplies zeros faster."""
-
-    name: str = "cuda"
-    dtype: torch.dtype = torch.bfloat16
-
-    def normal(self, *shape: int, std: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.randn(shape, device=self.name, dtype=dtype or self.dtype).mul_(std)
-
-    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(shape, device=self.name, dtype=dtype or self.dtype)
-
-    def random_bytes(self, *shape: int) -> Tensor:
-        return torch.randint(256, shape, device=self.name, dtype=torch.uint8)
-
-
-@dataclass(frozen=True)
-class Work:
-    """A call with its tensors: what it must read and write, once each. What changes in place is in both."""
-
-    run: Callable[[], object]
-    reads: Sequence[Tensor]
-    writes: Sequence[Tensor]
-    flops: int = 0  # of matrix products
-    fp8: bool = False  # their precision, else 16 bits
-    restore: Callable[[], object] | None = None  # after a call whose output is no input for the next
-    host_bound: bool = False  # the host may take longer over a call than the device, whose time a replay alone shows
-
-    @property
-    def bytes(self) -> int:
-        return sum(x.numel() * x.element_size() for x in (*self.reads, *self.writes))
-
-
-@dataclass(frozen=True)
-class Case:
-    kernel: str
-    shape: str
-    tokens: int | None
-    make: Callable[[], Work]
-    needs: Callable[[], None] = lambda: None  # raises Missing
-
-
-def unallocated(x: Tensor) -> Tensor:
-    """As large as x: stands for an output that the kernel allocates."""
-    return x.to("meta")
 
 
 # ------------------------------------------------------------------ norms, rope, gated activations
@@ -178,112 +93,6 @@ def glu_backward_lora(s: Sizes, on: Device, T: int) -> Work:
     sums = tuple(Sum(total, 2.0, add=True) for total in totals)
     run = partial(glu_backward_lora, dact, gate_up, "silu", factors, sums, out=out)
     return Work(run, [dact, gate_up, *factors, *totals], [out, *totals], 3 * 2 * T * s.F * s.r)
-
-
-def mixed_lengths(T: int, longest: int) -> list[int]:
-    """Documents of log-normal lengths, median 270 tokens, that hold T tokens; the same at every call."""
-    draw, lengths = torch.Generator().manual_seed(1), []
-    while T > 0:
-        length = torch.exp(torch.randn(1, generator=draw) * 0.9 + 5.6).clamp(min(16, longest), longest)
-        lengths.append(min(int(length.item()), T))
-        T -= lengths[-1]
-    return lengths
-
-
-def heads(s: Sizes, on: Device, T: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v: slices of one projection, as in the block."""
-    q, k, v = on.normal(T, s.W).unflatten(1, (-1, s.d)).split((s.H, s.G, s.G), dim=1)
-    return q, k, v
-
-
-def layout(s: Sizes, on: Device, lengths: list[int]) -> Any:
-    from whet.kernels.attention import Documents, Rows
-
-    if len(set(lengths)) == 1:
-        return Rows(len(lengths), lengths[0])
-    bounds = torch.tensor([0, *lengths]).cumsum(0)
-    return Documents(bounds.to(on.name, torch.int32), max(lengths))
-
-
-def product_flops(s: Sizes, lengths: list[int]) -> int:
-    """Of one of attention's products: d multiplications and additions a head and pair of query and visible key."""
-    return 2 * s.d * s.H * sum(length * (length + 1) // 2 for length in lengths)
-
-
-def by_torch(run: Callable[..., Any], *given: Any, **options: Any) -> Any:
-    """What `run` does where FlashAttention 4 is not installed."""
-    from whet.kernels import attention as module
-
-    takes, module.flash4_takes = module.flash4_takes, lambda *_: False
-    try:
-        return run(*given, **options)
-    finally:
-        module.flash4_takes = takes
-
-
-def attention(s: Sizes, on: Device, lengths: list[int]) -> Work:
-    from whet.kernels.attention import attention
-
-    qkv, documents = heads(s, on, sum(lengths)), layout(s, on, lengths)
-    run = partial(by_torch, attention, *qkv, documents, scale=s.d**-0.5)
-    out, saved = run()
-    return Work(run, qkv, [unallocated(out), unallocated(saved[0])], 2 * product_flops(s, lengths))
-
-
-def attention_backward(s: Sizes, on: Device, lengths: list[int]) -> Work:
-    from whet.kernels.attention import attention, attention_backward
-
-    qkv, documents = heads(s, on, sum(lengths)), layout(s, on, lengths)
-    out, saved = by_torch(attention, *qkv, documents, scale=s.d**-0.5)
-    dout = on.normal(*out.shape)
-    run = partial(by_torch, attention_backward, dout, *qkv, out, saved, documents, scale=s.d**-0.5)
-    return Work(run, [dout, *qkv, out, saved[0]], [unallocated(x) for x in qkv], 5 * product_flops(s, lengths))
-
-
-def flash4(s: Sizes, on: Device, lengths: list[int]) -> Work:
-    from whet.kernels.attention import _bounds, _by_row
-    from whet.kernels.flash4 import flash4
-
-    qkv, documents = heads(s, on, sum(lengths)), layout(s, on, lengths)
-    cu_seqlens, _, longest, _ = _bounds(documents)
-    rows = (_by_row(x, documents) for x in qkv)
-    run = partial(flash4, *rows, cu_seqlens, longest, scale=s.d**-0.5, window=None)
-    return Work(run, qkv, [unallocated(x) for x in run()], 2 * product_flops(s, lengths), host_bound=True)
-
-
-def flash4_backward(s: Sizes, on: Device, lengths: list[int]) -> Work:
-    from whet.kernels.attention import _bounds, _by_row
-    from whet.kernels.flash4 import flash4, flash4_backward
-
-    qkv, documents = heads(s, on, sum(lengths)), layout(s, on, lengths)
-    cu_seqlens, _, longest, _ = _bounds(documents)
-    rows, options = [_by_row(x, documents) for x in qkv], {"scale": s.d**-0.5, "window": None}
-    out, lse = flash4(*rows, cu_seqlens, longest, **options)
-    dout = on.normal(*out.shape)
-    run = partial(flash4_backward, dout, *rows, out, lse, cu_seqlens, longest, **options)
-    written = [unallocated(x) for x in qkv]
-    return Work(run, [dout, *qkv, out, lse], written, 5 * product_flops(s, lengths), host_bound=True)
-
-
-def flash(s: Sizes, on: Device, lengths: list[int]) -> Work:
-    from whet.kernels.flash import flash_triton
-
-    qkv, documents = heads(s, on, sum(lengths)), layout(s, on, lengths)
-    bounds = getattr(documents, "cu_seqlens", None)
-    run = partial(flash_triton, *qkv, bounds, documents.longest, scale=s.d**-0.5, softcap=SOFTCAP)
-    return Work(run, qkv, [unallocated(x) for x in run()], 2 * product_flops(s, lengths))
-
-
-def flash_backward(s: Sizes, on: Device, lengths: list[int]) -> Work:
-    from whet.kernels.flash import flash_backward_triton, flash_triton
-
-    qkv, documents = heads(s, on, sum(lengths)), layout(s, on, lengths)
-    given = (getattr(documents, "cu_seqlens", None), documents.longest)
-    options = {"scale": s.d**-0.5, "softcap": SOFTCAP}
-    out, lse = flash_triton(*qkv, *given, **options)
-    dout = on.normal(*out.shape)
-    run = partial(flash_backward_triton, dout, *qkv, out, lse, *given, **options)
-    return Work(run, [dout, *qkv, out, lse], [unallocated(x) for x in qkv], 5 * product_flops(s, lengths))
 
 
 # ------------------------------------------------------------------ weights
@@ -384,14 +193,6 @@ def needs_fp8(on: Device) -> None:
 
     if not supported(torch.device(on.name)):
         raise Missing("FP8 products with a scale a row need NVIDIA's Hopper or later")
-
-
-def needs_flash4(on: Device) -> None:
-    """Elsewhere others run, which have lines of their own."""
-    from whet.kernels.flash4 import takes
-
-    if not (torch.cuda.is_available() and takes(on.empty(1, 1, 128), torch.cuda.get_device_capability())):
-        raise Missing("FlashAttention 4 is called on Hopper, and where whet[flash4] is installed")
 
 
 def needs_cublaslt(on: Device, dtype: torch.dtype) -> None:

@@ -32,7 +32,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from kernel_cases import Case, Device, Missing, Sizes, Work, cases
+from kernel_cases import cases
+from kernel_work import Case, Device, Missing, Sizes, Work
 from torch import Tensor
 
 SHORT_US = 250

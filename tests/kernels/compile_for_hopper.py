@@ -86,7 +86,7 @@ def resources(kernel: Any) -> dict[str, int]:
 def calls() -> Iterator[Callable[[], object]]:
     sys.path.insert(0, str(ROOT / "bench"))
     import kernel_cases
-    from kernel_cases import Device, Sizes
+    from kernel_work import Device, Sizes
 
     sizes = Sizes(
         D=512, F=1024, H=4, G=2, V=128256, row=64, head_rows=8, chunk=2, layers=1, trained=((1, 128, 512), (1, 3, 77)),
