@@ -41,6 +41,11 @@ def layout(s: Sizes, on: Device, lengths: list[int]) -> Any:
     return Documents(bounds.to(on.name, torch.int32), max(lengths))
 
 
+def bounds(documents: Any) -> tuple[Tensor | None, int]:
+    """Where documents begin, None for rows, and the longest."""
+    return getattr(documents, "cu_seqlens", None), documents.longest
+
+
 def product_flops(s: Sizes, lengths: list[int]) -> int:
     """Of one of attention's products: d multiplications and additions a head and pair of query and visible key."""
     return 2 * s.d * s.H * sum(length * (length + 1) // 2 for length in lengths)
@@ -77,26 +82,21 @@ def attention_backward(s: Sizes, on: Device, lengths: list[int]) -> Work:
 
 
 def flash4(s: Sizes, on: Device, lengths: list[int]) -> Work:
-    from whet.kernels.attention import _bounds, _by_row
     from whet.kernels.flash4 import flash4
 
-    qkv, documents = heads(s, on, sum(lengths)), layout(s, on, lengths)
-    cu_seqlens, _, longest, _ = _bounds(documents)
-    rows = (_by_row(x, documents) for x in qkv)
-    run = partial(flash4, *rows, cu_seqlens, longest, scale=s.d**-0.5, window=None)
+    qkv, given = heads(s, on, sum(lengths)), bounds(layout(s, on, lengths))
+    run = partial(flash4, *qkv, *given, scale=s.d**-0.5, window=None)
     return Work(run, qkv, [unallocated(x) for x in run()], 2 * product_flops(s, lengths), host_bound=True)
 
 
 def flash4_backward(s: Sizes, on: Device, lengths: list[int]) -> Work:
-    from whet.kernels.attention import _bounds, _by_row
     from whet.kernels.flash4 import flash4, flash4_backward
 
-    qkv, documents = heads(s, on, sum(lengths)), layout(s, on, lengths)
-    cu_seqlens, _, longest, _ = _bounds(documents)
-    rows, options = [_by_row(x, documents) for x in qkv], {"scale": s.d**-0.5, "window": None}
-    out, lse = flash4(*rows, cu_seqlens, longest, **options)
+    qkv, given = heads(s, on, sum(lengths)), bounds(layout(s, on, lengths))
+    options = {"scale": s.d**-0.5, "window": None}
+    out, lse = flash4(*qkv, *given, **options)
     dout = on.normal(*out.shape)
-    run = partial(flash4_backward, dout, *rows, out, lse, cu_seqlens, longest, **options)
+    run = partial(flash4_backward, dout, *qkv, out, lse, *given, **options)
     written = [unallocated(x) for x in qkv]
     return Work(run, [dout, *qkv, out, lse], written, 5 * product_flops(s, lengths), host_bound=True)
 
@@ -104,17 +104,15 @@ def flash4_backward(s: Sizes, on: Device, lengths: list[int]) -> Work:
 def flash(s: Sizes, on: Device, lengths: list[int]) -> Work:
     from whet.kernels.flash import flash_triton
 
-    qkv, documents = heads(s, on, sum(lengths)), layout(s, on, lengths)
-    bounds = getattr(documents, "cu_seqlens", None)
-    run = partial(flash_triton, *qkv, bounds, documents.longest, scale=s.d**-0.5, softcap=SOFTCAP)
+    qkv, given = heads(s, on, sum(lengths)), bounds(layout(s, on, lengths))
+    run = partial(flash_triton, *qkv, *given, scale=s.d**-0.5, softcap=SOFTCAP)
     return Work(run, qkv, [unallocated(x) for x in run()], 2 * product_flops(s, lengths))
 
 
 def flash_backward(s: Sizes, on: Device, lengths: list[int]) -> Work:
     from whet.kernels.flash import flash_backward_triton, flash_triton
 
-    qkv, documents = heads(s, on, sum(lengths)), layout(s, on, lengths)
-    given = (getattr(documents, "cu_seqlens", None), documents.longest)
+    qkv, given = heads(s, on, sum(lengths)), bounds(layout(s, on, lengths))
     options = {"scale": s.d**-0.5, "softcap": SOFTCAP}
     out, lse = flash_triton(*qkv, *given, **options)
     dout = on.normal(*out.shape)

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from table import Line, with_flash4
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 DPI = 120
-Line = dict[str, Any]
 
 # Okabe and Ito's colours, told apart by the colour-blind; markers tell the same in grey.
 STYLES = {
@@ -117,7 +118,7 @@ def panels(lines: list[Line]) -> dict[Panel, list[Point]]:
             r=r,
             hardware=line["hardware"],
         )
-        extra = ", flash4" if line["engine"] == "whet" and "flash-attn-4" in line["versions"] else ""
+        extra = ", flash4" if with_flash4(line) else ""
         point = Point(line["engine"], line["peak_allocated_gib"], line["real_tok_s"], setting(work) + extra)
         found.setdefault(panel, []).append(point)
     order = list(STYLES)

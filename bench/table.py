@@ -82,7 +82,12 @@ def finetune_row(line: Line, lines: list[Line]) -> list[str]:
 
 def engine(line: Line) -> str:
     """Its name, with the extra that it ran with."""
-    return "whet[flash4]" if line["engine"] == "whet" and "flash-attn-4" in line["versions"] else line["engine"]
+    return "whet[flash4]" if with_flash4(line) else line["engine"]
+
+
+def with_flash4(line: Line) -> bool:
+    """Whether whet had its extra; beside a peer, FlashAttention 4 merely lies there."""
+    return line["engine"] == "whet" and "flash-attn-4" in line["versions"]
 
 
 def work(work: Line) -> str:

@@ -18,10 +18,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 NAMES = ("out", "dq", "dk", "dv")
 
 
-BACK_ENDS = ["torch's", "flash4"]
-
-
-@pytest.fixture(params=BACK_ENDS)
+@pytest.fixture(params=["torch's", "flash4"])
 def back_end(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """cuDNN and FlashAttention 2, or FlashAttention 4 where it is installed."""
     if request.param == "torch's":

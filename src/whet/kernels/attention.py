@@ -93,16 +93,14 @@ def attention(
         return out, (lse,)
     if backend == "cudnn":
         return _cudnn(q_THd, k_TGd, v_TGd, layout, scale)
+    cu_seqlens, _, longest, _ = _bounds(layout)
+    options: dict[str, Any] = {"scale": scale, "window": window}
     if backend == "triton":
-        cu_seqlens, _, longest, _ = _bounds(layout)
-        options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
-        out, lse = flash_triton(q_THd, k_TGd, v_TGd, cu_seqlens, longest, **options)
+        out, lse = flash_triton(q_THd, k_TGd, v_TGd, cu_seqlens, longest, softcap=softcap, **options)
         return out, (lse,)
     if backend == "flash4":
-        q, k, v = (_by_row(x, layout) for x in (q_THd, k_TGd, v_TGd))
-        cu_seqlens, _, longest, _ = _bounds(layout)
-        out, lse = flash4(q, k, v, cu_seqlens, longest, scale=scale, window=window)
-        return out.view(q_THd.shape), (lse,)
+        out, lse = flash4(q_THd, k_TGd, v_TGd, cu_seqlens, longest, **options)
+        return out, (lse,)
     return _flash(q_THd, k_TGd, v_TGd, layout, scale, window)
 
 
@@ -127,15 +125,12 @@ def attention_backward(
         return attention_backward_reference(*given, saved[0], layout, scale=scale, window=window, softcap=softcap)
     if backend == "cudnn":
         return _cudnn_backward(*given, saved, layout, scale)
+    cu_seqlens, _, longest, _ = _bounds(layout)
+    options: dict[str, Any] = {"scale": scale, "window": window}
     if backend == "triton":
-        cu_seqlens, _, longest, _ = _bounds(layout)
-        options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
-        return flash_backward_triton(*given, saved[0], cu_seqlens, longest, **options)
+        return flash_backward_triton(*given, saved[0], cu_seqlens, longest, softcap=softcap, **options)
     if backend == "flash4":
-        dout, q, k, v, out = (_by_row(x, layout) for x in given)
-        cu_seqlens, _, longest, _ = _bounds(layout)
-        dq, dk, dv = flash4_backward(dout, q, k, v, out, saved[0], cu_seqlens, longest, scale=scale, window=window)
-        return dq.view(q_THd.shape), dk.view(k_TGd.shape), dv.view(v_TGd.shape)
+        return flash4_backward(*given, saved[0], cu_seqlens, longest, **options)
     return _flash_backward(*given, saved, layout, scale, window)
 
 

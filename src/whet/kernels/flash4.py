@@ -6,7 +6,9 @@ and `prepare` has a thread do that while a trainer is made. It is a beta, of whi
 that are not its public ones: autograd's are of no use to a block that keeps its own backward.
 
 Source: https://github.com/Dao-AILab/flash-attention, flash_attn/cute; Shah et al. 2024, arXiv:2407.08608.
-Shapes: q, out [B, S, H, d]; k, v [B, S, G, d]; lse [B, H, S]; for ragged documents without B, and lse [H, T].
+Shapes: q, out [T, H, d]; k, v [T, G, d], as in flash.py; lse [H, T], or [B, H, S] of B rows of S tokens. Any strides
+that are multiples of 8, with the last dimension contiguous. cu_seqlens [N + 1] int32, or None for rows of `longest`
+tokens, which it takes as [B, S, ..].
 """
 
 from __future__ import annotations
@@ -92,11 +94,11 @@ def takes(q: Tensor, capability: tuple[int, int]) -> bool:
 def flash4(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, longest: int, *, scale: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse); the last dimension of q, k and v is contiguous, other strides are multiples of 8."""
-    out, lse, *_ = interface()._flash_attn_fwd(
-        q, k, v, **_options(cu_seqlens, longest, scale, window), return_lse=True
-    )  # fmt: skip
-    return out, lse
+    """(out, lse)."""
+    rows = (_by_row(x, cu_seqlens, longest) for x in (q, k, v))
+    options = _options(cu_seqlens, longest, scale, window)
+    out, lse, *_ = interface()._flash_attn_fwd(*rows, **options, return_lse=True)
+    return out.view(q.shape), lse
 
 
 def flash4_backward(
@@ -114,10 +116,14 @@ def flash4_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv. Their sums are taken in no fixed order, so that they differ in the last bits from call to call."""
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    interface()._flash_attn_bwd(
-        q, k, v, out, dout, lse, **_options(cu_seqlens, longest, scale, window), dq=dq, dk=dk, dv=dv
-    )  # fmt: skip
+    dout, out, q, k, v, *given = (_by_row(x, cu_seqlens, longest) for x in (dout, out, q, k, v, dq, dk, dv))
+    into = dict(zip(("dq", "dk", "dv"), given, strict=True))
+    interface()._flash_attn_bwd(q, k, v, out, dout, lse, **_options(cu_seqlens, longest, scale, window), **into)
     return dq, dk, dv
+
+
+def _by_row(x: Tensor, cu_seqlens: Tensor | None, longest: int) -> Tensor:
+    return x.view(-1, longest, *x.shape[1:]) if cu_seqlens is None else x
 
 
 def _options(cu_seqlens: Tensor | None, longest: int, scale: float, window: int | None) -> dict[str, Any]:
