@@ -29,9 +29,6 @@ HEAD_ROWS = 4096  # of the gradient that the head hands down, which are scaled a
 # directly (kernels/cublaslt.py); the rest is what four measured peaks
 # leave (tests/plan/test_memory.py): cuDNN's, tables of positions, the batch.
 LIBRARIES = 160 * 2**20
-# From so many tokens on a pass takes one more value of the width a token, and with more tokens 80 MiB besides: measured
-# peaks at 8,192, 16,384 and 65,536 tokens say so, at 4,096 they do not. Who holds them is not known.
-LONG = 8192
 
 # kernels/glu_lora.py: tokens whose products one program sums, and the most ranks that it takes.
 SUMMED, MOST_RANKS = 512, 128
@@ -194,8 +191,6 @@ def layer_working(sizes: Sizes, policy: Policy, tokens: int) -> float:
     in_qkv, in_o, in_gate_up, in_down = (_margin(sizes, parts) for parts in (3, 1, 2, 1))
     t = min(tokens, sizes.tile)
     flow = tokens * e * (d + in_down + d + in_o)  # the gradient that came in, and that of m
-    if tokens >= LONG:
-        flow += tokens * e * d + (80 * 2**20 if tokens > LONG else 0)
     again = kept(sizes, MOST, tokens) - kept(sizes, policy, tokens) if "qkv" not in policy.keep else 0
     weights = dequantized(sizes) if sizes.bits < 16 else 0.0  # for a whole pass
     gradients = 4 * sizes.adapter  # of the adapters, in fp32; those of weights are added where they are held
