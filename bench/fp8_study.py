@@ -116,10 +116,10 @@ def texts(patterns: Sequence[str], skip: str | None = None) -> Iterator[str]:
 
 
 def python_texts(most: float) -> list[str]:
-    """Python sources of at most about `most` bytes."""
+    """Python sources of at most about `most` bytes, one at least."""
     found, size = [], 0.0
     for text in texts(["*.py"]):
-        if (size := size + len(text)) > most:
+        if (size := size + len(text)) > most and found:
             break
         found.append(text)
     return found

@@ -44,7 +44,7 @@ def render(lines: list[Line]) -> str:
     if len(kinds) != 1:
         raise ValueError(f"one table holds one kind of result, not {', '.join(sorted(kinds)) or 'none'}")
     columns, row = KINDS[kinds.pop()]
-    rows = [row(line, lines) for line in lines]
+    rows = [cells for line in lines if (cells := row(line, lines))]
     caption = ""
     together = versions_together(lines)
     origins = {tuple(where(line | {"versions": together or line["versions"]})) for line in lines}
@@ -182,6 +182,43 @@ def fp8_row(line: Line, lines: list[Line]) -> list[str]:
     return [line["way"], f"{line['seed']}", *losses, against("bf16"), against("nf4"), *where(line)]
 
 
+def redaction_row(line: Line, lines: list[Line]) -> list[str]:
+    """A class: whet's figures, and Presidio's beside them."""
+    if line["engine"] != "whet":
+        return []
+    ours = [share(line[name]) for name in ("recall", "precision")]
+    other = [
+        o for o in lines if (o["engine"], o["entity"], o["run_id"]) == ("presidio", line["entity"], line["run_id"])
+    ]
+    theirs = [share(other[0][name]) if other else "-" for name in ("recall", "precision")]
+    found_by = "form" if line["patterned"] else "context"
+    return [line["entity"], found_by, f"{line['labels']:,}", *ours, *theirs, *where(line)]
+
+
+def share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def redaction_speed_row(line: Line, lines: list[Line]) -> list[str]:
+    return [line["engine"], str(line["characters"]), f"{line['documents_s']:,.0f}", *where(line)]
+
+
+def data_prep_row(line: Line, lines: list[Line]) -> list[str]:
+    return [
+        line["engine"],
+        str(line["workers"]),
+        f"{line['rows']:,}",
+        f"{line['seconds']:,.0f}",
+        f"{line['rows_s']:,}",
+        f"{line['memory_gib']:.2f}",
+        *where(line),
+    ]
+
+
+def data_steps_row(line: Line, lines: list[Line]) -> list[str]:
+    return [line["step"], line["engine"], f"{line['rows']:,}", f"{line['us_row']:.1f}", *where(line)]
+
+
 def trace_row(line: Line, lines: list[Line]) -> list[str]:
     shares = [f"{line['ms'][name]:,.1f}" for name in CATEGORIES]
     steps = [f"{line[name]:,.1f}" for name in ("timed_ms", "wall_ms")]
@@ -257,6 +294,13 @@ KINDS: dict[str, tuple[list[str], Row]] = {
         ],
         trace_row,
     ),
+    "redaction": (
+        ["class", "by", "labels", "whet: recall", "precision", "Presidio: recall", "precision", *ORIGIN],
+        redaction_row,
+    ),
+    "redaction_speed": (["engine", "characters a document", "documents a second", *ORIGIN], redaction_speed_row),
+    "data_prep": (["engine", "processes", "rows", "seconds", "rows a second", "GiB", *ORIGIN], data_prep_row),
+    "data_steps": (["step", "engine", "rows", "us a row", *ORIGIN], data_steps_row),
     "fp8": (
         ["base", "seed", "held-out loss before", "after", "the same in bf16", "against bf16", "against nf4", *ORIGIN],
         fp8_row,

@@ -14,6 +14,11 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
+
+from whet.data.versions import Version
+from whet.recipe import Recipe
+from whet.recipe_data import FOLDER, version_of
 
 COLOURS = ("red", "green", "blue")
 CONVERSATIONS = [
@@ -120,5 +125,15 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def only_run(root: Path) -> Path:
-    (folder,) = root.iterdir()
+    (folder,) = runs_in(root)
     return folder
+
+
+def runs_in(root: Path) -> list[Path]:
+    """The runs' folders; the prepared data lies beside them."""
+    return [path for path in root.iterdir() if path.name != FOLDER]
+
+
+def prepared(recipe: Recipe, base: Path) -> Version:
+    """The version of a recipe's data that `whet run` makes in `base`."""
+    return version_of(recipe, base, base / "runs", Console(quiet=True))

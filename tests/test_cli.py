@@ -30,12 +30,13 @@ def test_help_names_every_verb(here: Here, tmp_path: Path) -> None:
     told = here("--help", cwd=tmp_path)
     assert told.code == 0
     assert {command.name or command.callback.__name__ for command in cli.app.registered_commands} == {
+        "prep",
         "run",
         "schema",
         "exec",
         "version",
     }
-    for verb in ("run", "schema", "exec", "version"):
+    for verb in ("prep", "run", "schema", "exec", "version", "data", "doctor"):
         assert f" {verb} " in told.out
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.road import COLOURS, CONVERSATIONS, Here, metrics, only_run, write_recipe, write_rows
+from tests.road import COLOURS, CONVERSATIONS, Here, metrics, only_run, runs_in, write_recipe, write_rows
 from whet import pipeline
 from whet.models.load import BUILTIN
 from whet.recipe import load
@@ -154,7 +154,7 @@ def test_exports_are_the_tuned_model(tmp_path: Path) -> None:
     }
     done = run(tmp_path, changes)
     export = done.folder / "export"
-    names = {"merged", "model-f32.gguf", "model-q8_0.gguf", "summary.json"}
+    names = {"merged", "model-f32.gguf", "model-q8_0.gguf", "summary.json", "fingerprint.json"}
     assert {path.name for path in export.iterdir()} == names
     tuned, tokenizer = load_tuned(done.recipe, done.folder / "trained")
     merged = AutoModelForCausalLM.from_pretrained(export / "merged", dtype=torch.float32)
@@ -195,7 +195,7 @@ def test_a_changed_input_is_another_run(tmp_path: Path, here: Here) -> None:
     first = only_run(tmp_path / "runs")
     write_rows(tmp_path / "rows.jsonl", [*CONVERSATIONS, CONVERSATIONS[0]])
     assert here("run", "recipe.yaml", cwd=tmp_path).code == 0
-    assert len(list((tmp_path / "runs").iterdir())) == 2
+    assert len(runs_in(tmp_path / "runs")) == 2
     write_rows(tmp_path / "rows.jsonl")
     told = here("run", "recipe.yaml", cwd=tmp_path)
     assert told.out.count("(done before)") == 3

@@ -11,7 +11,7 @@ from pathlib import Path
 from gguf import GGUFReader
 from peft import PeftConfig
 
-from tests.road import whet
+from tests.road import only_run, whet
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -49,6 +49,6 @@ def test_the_recipe_runs(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(block("yaml"))
     done = whet("run", "recipe.yaml", cwd=tmp_path)
     assert done.code == 0, done.err
-    (run,) = (tmp_path / "runs").iterdir()
+    run = only_run(tmp_path / "runs")
     assert (run / "export" / "merged" / "model.safetensors").is_file()
     assert (run / "export" / "model-q4_k_m.gguf").is_file()

@@ -21,7 +21,7 @@ EIGHT_BIT = {"train.optimizer": "adamw_8bit", "adapter.r": 16}
 # Three steps an epoch, so that a checkpoint falls into its midst, and work enough for a signal to come in time.
 ROWS = [
     {"messages": [{"role": "user", "content": f"Name the colour of {i}."}, {"role": "assistant", "content": colour}]}
-    for i in range(48)
+    for i in range(60)
     for colour in [COLOURS[i * i % 3]]
 ]
 SIZES = {"train.tokens_per_step": 512, "train.micro_batch": 2}

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
+from whet import cli_data
 from whet.errors import WhetError, WhetErrors
 
 app = typer.Typer(
@@ -28,6 +29,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fine-tune language models on hardware you own.",
 )
+app.command()(cli_data.prep)
+app.add_typer(cli_data.data, name="data")
+app.add_typer(cli_data.doctor, name="doctor")
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 

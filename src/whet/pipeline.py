@@ -6,8 +6,10 @@ A stage whose folder is there is not run again, so a run that was stopped goes o
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,8 +17,10 @@ from datasets import load_from_disk
 from rich.console import Console
 from rich.markup import escape
 
+from whet.data import fingerprint
 from whet.data.prepare import read_questions
 from whet.data.template import Tokenized, preview
+from whet.data.versions import SHOWN, Version
 from whet.errors import WhetError
 from whet.evals.heldout import compare
 from whet.export.gguf_model import check_convertible, save_gguf
@@ -25,7 +29,7 @@ from whet.files import write_text
 from whet.models.compute import check_compute
 from whet.models.fused import path_of
 from whet.recipe import Recipe
-from whet.recipe_data import prepare_data
+from whet.recipe_data import prepare_data, version_of
 from whet.recipe_model import config_of, load_base, load_for_training, load_tuned, tokenizer_of
 from whet.runs.plots import plot_loss
 from whet.runs.store import Run
@@ -37,13 +41,14 @@ MERGED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 
 def run_recipe(recipe: Recipe, base: Path, root: Path, console: Console) -> Run:
     """Do all that `recipe` says, from where an earlier call stopped. Its paths start at `base`; runs lie in `root`."""
-    run = Run.open(recipe, base, root)
+    check_export(recipe)
+    version = version_of(recipe, base, root, console)
+    run = Run.open(recipe, base, root, version.digest)
     try:
         console.print(f"[bold]{recipe.name}[/] in {escape(str(run.folder))}", soft_wrap=True)
-        check_export(recipe)
         if not (run.folder / "trained").exists():
             check_compute(recipe.model.compute)
-        _stage(run, console, "data", lambda folder: make_data(recipe, base, folder))
+        _stage(run, console, "data", lambda folder: make_data(recipe, version, folder))
         _stage(run, console, "trained", lambda folder: train(run, folder, console))
         if recipe.eval:
             _stage(run, console, "eval", lambda folder: evaluate(run, folder, console))
@@ -57,7 +62,8 @@ def dry_run(recipe: Recipe, base: Path, console: Console) -> None:
     """Read the data, tokenize it and show the first row as the model will see it; write and train nothing."""
     check_export(recipe)
     tokenizer = tokenizer_of(recipe.model)
-    prepared = prepare_data(recipe, tokenizer, base)
+    with TemporaryDirectory() as folder:
+        prepared = prepare_data(recipe, tokenizer, version_of(recipe, base, Path(folder), console))
     _show(console, "data", prepared.summary)
     if recipe.train.method == "sft":
         first = prepared.heldout[0]
@@ -88,19 +94,25 @@ def _show(console: Console, name: str, summary: Summary, note: str = "") -> None
     console.print(f"[green]{name:<8}[/]{shown}{note}", soft_wrap=True)
 
 
-def make_data(recipe: Recipe, base: Path, folder: Path) -> Summary:
-    """Read, split, tokenize and pack: train/ and heldout/ (token ids), questions.jsonl (prompts and references)."""
-    prepared = prepare_data(recipe, tokenizer_of(recipe.model), base)
+def make_data(recipe: Recipe, version: Version, folder: Path) -> Summary:
+    """Tokenize and pack: train/ and heldout/ (token ids), questions.jsonl (prompts and references)."""
+    tokenizer = tokenizer_of(recipe.model)
+    prepared = prepare_data(recipe, tokenizer, version)
     prepared.save(folder)
-    return prepared.summary
+    fingerprint.keep(fingerprint.fingerprint(tokenizer), folder)
+    for name in ("manifest.json", "card.html"):
+        shutil.copyfile(version.folder / name, folder / name)
+    return {"version": version.digest[:SHOWN], **prepared.summary}
 
 
 def train(run: Run, folder: Path, console: Console) -> Summary:
     """Fine-tune on the run's rows: the adapter, or the whole model where there is none, and loss.png."""
     model, tokenizer = load_for_training(run.recipe)
+    found = fingerprint.check(tokenizer, run.folder / "data", "the data was made with")
     fit(model, tokenizer, load_from_disk(str(run.folder / "data" / "train")), run, console)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    fingerprint.keep(found, folder)
     steps = run.metrics("train")
     try:
         plot_loss(steps, folder / "loss.png", title=run.recipe.name)
@@ -134,6 +146,7 @@ def export(run: Run, folder: Path) -> Summary:
     wanted = run.recipe.export
     if wanted.merged or wanted.gguf:
         model, tokenizer = load_tuned(run.recipe, run.folder / "trained")
+        fingerprint.keep(fingerprint.check(tokenizer, run.folder / "trained", "the model was trained with"), folder)
     if wanted.merged:
         method = "merged_4bit" if wanted.merged == "nf4" else "merged_16bit"
         save_merged(model, folder / "merged", tokenizer, method=method, base=wanted.base, dtype=MERGED[wanted.merged])

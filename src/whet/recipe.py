@@ -56,18 +56,72 @@ class Adapter(Part):
 
 
 class Source(Part):
-    path: str = Field(
+    path: str | None = Field(
+        None,
         pattern=r"^[^\x00]+$",
-        description="File or glob, relative to the recipe: .jsonl, .parquet, .csv, .tsv, .txt, .md.",
+        description="File, glob or folder, relative to the recipe: .jsonl, .json, .parquet, .csv, .tsv, .txt, .md, "
+        ".html, also .gz and .zst; a saved Hugging Face data set; with `sql`, a database file.",
     )
+    sql: str | None = Field(
+        None, description="A SELECT; over `url`, or over `path` (as the table `source` if no database)."
+    )
+    url: str | None = Field(
+        None, description="PostgreSQL's address: postgresql://user@host/database; ${NAME} is an environment variable."
+    )
+    hub: str | None = Field(None, description="Name of a data set on the Hugging Face hub; goes to the network.")
+    split: str | None = Field(None, description="Split of a data set that has several.")
     format: Format = Field("auto", description="Shape of a row; `auto` looks at the first one.")
     columns: dict[str, str] = Field(default_factory=dict, description="Names the format expects -> names the file has.")
+    skip_unreadable: bool = Field(False, description="Leave out a folder's files of kinds that cannot be read.")
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Source:
+        places = [name for name in ("path", "url", "hub") if getattr(self, name) is not None]
+        if len(places) != 1:
+            given = " and ".join(places) or "nothing"
+            raise ValueError(f"{given} says where the rows are; give one of path, url and hub")
+        if self.url is not None and self.sql is None:
+            raise ValueError("url names a database; say what to read from it, as sql: SELECT ...")
+        if self.sql is not None and self.hub is not None:
+            raise ValueError("sql is for databases and files, not for hub; leave it out")
+        return self
 
     def files(self, base: Path) -> list[Path]:
         """The files that match, sorted; `path` starts at `base`. A name that exists is meant literally."""
+        if self.path is None:
+            return []
         pattern = os.path.join(base, os.path.expanduser(self.path))
-        found = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
+        if os.path.isdir(pattern):
+            found = glob.glob(os.path.join(glob.escape(pattern), "**"), recursive=True)
+        else:
+            found = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
         return sorted(Path(name) for name in found if os.path.isfile(name))
+
+
+class Clean(Part):
+    unicode: bool = Field(True, description="Mend text that was decoded wrongly, and compose accented letters.")
+    controls: bool = Field(True, description="Remove control characters and invisible ones that carry nothing.")
+    whitespace: bool = Field(True, description="Remove spaces at line ends and runs of empty lines.")
+    html: bool = Field(False, description="Turn HTML into text.")
+
+
+class Redact(Part):
+    policy: str = Field(
+        description="What is personal data and what becomes of it: hipaa-safe-harbor, cmmc-cui, gdpr-basic, or a file."
+    )
+    classes: dict[str, str] = Field(default_factory=dict, description="Class -> mode, over the policy's own.")
+    key: str | None = Field(
+        None, description="Key of pseudonyms and vault: a file made by `whet data key`, or env:NAME."
+    )
+    ner: str | None = Field(None, description="Folder of a local model that finds names and places.")
+    vault: bool = Field(False, description="Keep the originals beside the data, encrypted with the key.")
+
+
+class Dedup(Part):
+    exact: bool = Field(True, description="Keep one of equal rows.")
+    near: float | None = Field(
+        0.85, ge=0.5, le=1, description="Keep one of rows whose phrases agree to this share (Jaccard); null for all."
+    )
 
 
 class Split(Part):
@@ -75,6 +129,26 @@ class Split(Part):
         0.1, gt=0, lt=1, description="Share of the rows held out for evaluation, chosen by a keyed hash."
     )
     group_by: str | None = Field(None, description="Column whose equal values stay on one side (customer, document).")
+    stratify_by: str | None = Field(None, description="Column within whose values the share is met.")
+    time: str | None = Field(None, description="Column of a row's date: rows from `at` on are held out.")
+    at: str | None = Field(None, description='Date or time, as "2026-01-31".')
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Split:
+        if (self.time is None) != (self.at is None):
+            raise ValueError("time and at go together: the column, and the date from which on rows are held out")
+        if self.time and (self.group_by or self.stratify_by):
+            raise ValueError("a split by time has no group_by or stratify_by; leave them out")
+        return self
+
+
+class Leaks(Part):
+    gate: Literal["refuse", "drop", "warn"] = Field(
+        "refuse", description="What becomes of training rows that hold evaluation text."
+    )
+    tasks: list[str] = Field(
+        default_factory=list, description="Files of evaluation tasks that training rows are checked against too."
+    )
 
 
 class Data(Part):
@@ -82,11 +156,23 @@ class Data(Part):
     eval_sources: list[Source] = Field(
         default_factory=list, description="Held-out rows, when they are files of their own."
     )
+    bad_rows: float = Field(
+        0.0, ge=0, lt=1, description="Share of the rows that may be unreadable; they are listed in quarantine.jsonl."
+    )
+    clean: Clean | None = Field(default_factory=Clean, description="What is mended in every text; null for nothing.")
+    redact: Redact | None = Field(None, description="Take personal data out.")
+    dedup: Dedup | None = Field(default_factory=Dedup, description="Take duplicates out; null for none.")
     split: Split | None = Field(
         None, description="Hold out a share of `sources`. Default: a tenth, unless eval_sources are given."
     )
+    leaks: Leaks | None = Field(
+        default_factory=Leaks, description="Compare training rows with held-out ones; null for no check."
+    )
     train_on: Literal["responses", "last", "all"] = Field(
         "responses", description="Tokens that carry loss: every assistant turn, the last one, or everything."
+    )
+    engine: Literal["local", "ray"] = Field(
+        "local", description="Prepare on all cores of this machine, or on a Ray cluster (RAY_ADDRESS)."
     )
 
 
@@ -238,7 +324,7 @@ def _missing_sources(recipe: Recipe, document: Document) -> list[WhetError]:
     errors = []
     for key, sources in (("sources", recipe.data.sources), ("eval_sources", recipe.data.eval_sources)):
         for i, source in enumerate(sources):
-            if not source.files(folder):
+            if source.path is not None and not source.files(folder):
                 where = document.where(("data", key, i, "path"))
                 fix = f"paths start at {folder.absolute()}"
                 errors.append(WhetError(f"no file matches {source.path!r}", where=where, fix=fix))

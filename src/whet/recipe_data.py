@@ -1,30 +1,47 @@
-"""The data of a recipe: its sources read, split, tokenized and packed as its model and method ask."""
+"""The data of a recipe: a version of its data set, and that version tokenized and packed as model and method ask."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from whet import recipe as recipes
+from whet.data import steps
+from whet.data.clean import Clean
+from whet.data.engine import engine
 from whet.data.formats import Source
-from whet.data.prepare import Prepared, prepare, read_sides
+from whet.data.prep import Progress, prep
+from whet.data.read import Origin
+from whet.data.versions import Version
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedTokenizerBase
+
+    from whet.data.prepare import Prepared
+
+FOLDER = "data"
+"""Under the runs: the versions of all data sets, by the recipe's name."""
 
 
-def prepare_data(recipe: recipes.Recipe, tokenizer: PreTrainedTokenizerBase, base: Path) -> Prepared:
-    """Training rows, held-out rows and questions; paths start at `base`. Raises WhetError for what the data lacks."""
-    split = recipe.data.split or recipes.Split()
-    train, heldout = read_sides(
-        _sources(recipe.data.sources),
-        _sources(recipe.data.eval_sources),
-        base=base,
-        eval_fraction=split.eval,
-        group_by=split.group_by,
-        seed=recipe.seed,
-    )
+def version_of(
+    recipe: recipes.Recipe, base: Path, runs: Path, console: Console, *, workers: int | None = None
+) -> Version:
+    """The version of the recipe's data, made unless it is there; paths start at `base`. Raises WhetError."""
+    with _progress(console) as progress:
+        work = engine(recipe.data.engine, workers)
+        return prep(recipe.name, steps_of(recipe, base), base, runs / FOLDER, engine=work, progress=progress)
+
+
+def prepare_data(recipe: recipes.Recipe, tokenizer: PreTrainedTokenizerBase, version: Version) -> Prepared:
+    """Training rows, held-out rows and questions. Raises WhetError for what the data lacks."""
+    from whet.data.prepare import prepare
+
     return prepare(
-        train,
-        heldout,
+        list(version.examples("train")),
+        list(version.examples("eval")),
         tokenizer,
         method=recipe.train.method,
         max_length=recipe.model.max_seq_length,
@@ -33,5 +50,56 @@ def prepare_data(recipe: recipes.Recipe, tokenizer: PreTrainedTokenizerBase, bas
     )
 
 
-def _sources(sources: list[recipes.Source]) -> list[Source]:
-    return [Source(s.path, None if s.format == "auto" else s.format, s.columns) for s in sources]
+def steps_of(recipe: recipes.Recipe, base: Path) -> steps.Steps:
+    """What the recipe asks for, with policy and key read."""
+    data = recipe.data
+    split = data.split or recipes.Split()
+    return steps.Steps(
+        sources=_sources(data.sources),
+        eval_sources=_sources(data.eval_sources),
+        bad_rows=data.bad_rows,
+        clean=Clean(**data.clean.model_dump()) if data.clean else None,
+        redact=_redaction(data.redact, base) if data.redact else None,
+        dedup=steps.Dedup(data.dedup.exact, data.dedup.near) if data.dedup else None,
+        split=steps.Split(split.eval, split.group_by, split.stratify_by, split.time, split.at),
+        leaks=steps.Leaks(data.leaks.gate, tuple(data.leaks.tasks)) if data.leaks else None,
+        seed=recipe.seed,
+    )
+
+
+def _redaction(redact: recipes.Redact, base: Path) -> steps.Redaction:
+    from whet.data.redact.keys import load_key
+    from whet.data.redact.policy import load_policy, with_classes
+
+    policy = with_classes(load_policy(redact.policy, base), redact.classes)
+    key = load_key(redact.key if redact.key.startswith("env:") else base / redact.key) if redact.key else None
+    ner = str((base / redact.ner).resolve()) if redact.ner else None
+    return steps.Redaction(policy.name, policy.classes, key, ner, redact.vault)
+
+
+def _sources(sources: list[recipes.Source]) -> tuple[Source, ...]:
+    return tuple(_source(source) for source in sources)
+
+
+def _source(source: recipes.Source) -> Source:
+    names = ("path", "sql", "url", "hub", "split", "skip_unreadable")
+    origin = Origin(**{name: getattr(source, name) for name in names})
+    return Source(origin, None if source.format == "auto" else source.format, source.columns)
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Progress]:
+    """A bar for each step that has several parts, which is gone when all are done."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        tasks = {}
+
+        def progress(step: str, done: int, parts: int) -> None:
+            if step not in tasks:
+                tasks[step] = bars.add_task(step, total=parts)
+            bars.update(tasks[step], completed=done, total=parts)
+
+        yield progress

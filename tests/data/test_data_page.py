@@ -18,7 +18,8 @@ from whet.data.template import render
 
 PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
 ROWS = {name: json.loads(row) for name, row in re.findall(r"^\| `([\w-]+)` \| `(\{.*\})` \|$", PAGE, re.MULTILINE)}
-TEMPLATES = dict(re.findall(r"^([\w.-]+) +(.*)$", PAGE.split("\n```\n")[2], re.MULTILINE))
+(BLOCK,) = re.findall(r"```\n(chatml .*?)\n```", PAGE, re.DOTALL)
+TEMPLATES = dict(re.findall(r"^([\w.-]+) +(.*)$", BLOCK, re.MULTILINE))
 
 
 def test_each_format_has_a_row_of_that_format():

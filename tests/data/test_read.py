@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import os
 import subprocess
@@ -16,8 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from whet.data import read_piece
 from whet.data.faults import Faults
-from whet.data.read import READERS, Row, read_rows
+from whet.data.read import READERS, Origin, Row, read_rows
 from whet.errors import WhetError, WhetErrors
 
 JSON_VALUES = st.recursive(
@@ -235,6 +237,13 @@ def test_files_come_in_the_order_of_their_names(tmp_path: Path):
         ("a.parquet", b"PAR1 this is no table PAR1", "a.parquet", "not readable as Parquet"),
         ("a.xlsx", b"PK", "a.xlsx", ".xlsx"),
         ("data", b"x", "data", "without extension"),
+        ("a.jsonl.gz", b"no gzip", "a.jsonl.gz", "not readable as .gz: Not a gzipped file"),
+        ("a.jsonl.gz", b"", "a.jsonl.gz", "the file is empty"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9)[:-9], "a.jsonl.gz", "not readable as .gz"),
+        ("a.csv.gz", gzip.compress(b"a,b\n1\n"), "a.csv.gz:2", "1 fields"),
+        ("a.jsonl.zst", b"no zstd", "a.jsonl.zst", "not readable as .zst"),
+        ("a.jsonl.zst", pa.compress(b'{"a": 1}\n' * 9, codec="zstd", asbytes=True)[:-3], "a.jsonl.zst", ".zst"),
+        ("a.tar.gz", b"x", "a.tar.gz", "what kind of file .tar.gz is"),
     ],
 )
 def test_faults_name_the_place_and_the_fix(tmp_path: Path, name: str, content: str | bytes, where: str, says: str):
@@ -250,7 +259,6 @@ def test_a_path_that_matches_nothing_gets_near_names(tmp_path: Path):
         ("data/ticket.jsonl", "tickets.jsonl"),
         ("dat/tickets.jsonl", "data/"),
         ("data/*.csv", "tickets.jsonl"),
-        ("data", "data/*.jsonl"),
         ("nowhere/**/x.csv", "data/"),
     ]:
         with pytest.raises(WhetError) as caught:
@@ -312,3 +320,111 @@ def test_no_permission_says_so(tmp_path: Path):
     lines = done.stdout.splitlines()
     assert [line.split(" | ")[0] for line in lines] == ["a.jsonl", "locked/b.jsonl", "locked/*.jsonl"]
     assert all("no permission" in line and "chmod" in line for line in lines)
+
+
+def test_compressed_files_read_as_plain_ones(tmp_path: Path):
+    """Catches compressed files of several members or frames, which simple decoders end after the first of."""
+    lines = "".join(json.dumps({"text": f"row {i} é"}) + "\r\n" for i in range(5000)).encode()
+    plain = rows_of(tmp_path, "a.jsonl", lines)
+    halves = (lines[:70_001], lines[70_001:])
+    (tmp_path / "a.jsonl.gz").write_bytes(b"".join(map(gzip.compress, halves)))
+    (tmp_path / "A.JSONL.ZST").write_bytes(b"".join(pa.compress(half, codec="zstd", asbytes=True) for half in halves))
+    for name in ("a.jsonl.gz", "A.JSONL.ZST"):
+        rows = list(read_rows(name, base=tmp_path))
+        assert [(row.values, row.line) for row in rows] == [(row.values, row.line) for row in plain]
+    assert rows_of(tmp_path, "a.csv.gz", gzip.compress(b"\xef\xbb\xbfa\n1\n"))[0] == Row({"a": "1"}, "a.csv.gz", 2)
+    assert rows_of(tmp_path, "a.tsv.gz", gzip.compress(b"a\tb\n1\t2\n"))[0].values == {"a": "1", "b": "2"}
+    assert rows_of(tmp_path, "a.md.gz", gzip.compress(b"# T"))[0].values == {"text": "# T"}
+
+
+def test_rows_before_the_damage_are_kept(tmp_path: Path):
+    whole = gzip.compress("".join(json.dumps({"n": i}) + "\n" for i in range(100_000)).encode(), compresslevel=1)
+    (tmp_path / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    faults: list[WhetError] = []
+    rows = list(read_rows("a.jsonl.gz", base=tmp_path, on_error=faults.append))
+    assert [row.values["n"] for row in rows] == list(range(len(rows)))
+    assert len(rows) > 10_000
+    assert len(faults) == 1
+    assert "cut short" in (faults[0].fix or "")
+
+
+def test_a_line_that_is_not_utf8_costs_its_row_only(tmp_path: Path):
+    """Catches a reader that gives up a million rows for one byte; in CSV, a bad line within quotes is its record's."""
+    faults: list[WhetError] = []
+    (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\n{"a": "\xe9"}\n{"a": 3}\n')
+    (tmp_path / "b.csv").write_bytes(b'a,b\n1,2\n"x\xe9",3\n"y\ny\xe9\ny",4\n5,6\n')
+    rows = list(read_rows("?.*", base=tmp_path, on_error=faults.append))
+    assert [(row.source, row.line) for row in rows] == [("a.jsonl", 1), ("a.jsonl", 3), ("b.csv", 2), ("b.csv", 7)]
+    assert [fault.where for fault in faults] == ["a.jsonl:2", "b.csv:3", "b.csv:5"]
+
+
+def test_half_an_emoji_is_no_text(tmp_path: Path):
+    """Catches strings that no later stage can write as UTF-8."""
+    content = r'{"a": "\ud83d\ude00 \ud83d", "b": {"\uDE00": ["\\ud83d", 1e400, 123456789012345678901]}}'
+    (row,) = rows_of(tmp_path, "a.jsonl", content)
+    assert row.values == {"a": "😀 \ufffd", "b": {"\ufffd": ["\\ud83d", float("inf"), 123456789012345678901]}}
+
+
+def test_a_file_without_lines_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Catches memory that grows with the file where no line feed comes; what follows the line is still read."""
+    monkeypatch.setattr(read_piece, "LONGEST_LINE", 1 << 20)
+    (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\n' + b"x" * (3 << 20) + b'\n{"a": 3}\n')
+    faults: list[WhetError] = []
+    rows = list(read_rows("a.jsonl", base=tmp_path, on_error=faults.append))
+    assert [row.line for row in rows] == [1, 3]
+    assert [fault.where for fault in faults] == ["a.jsonl:2"]
+
+
+def test_a_folder_is_every_file_in_it(tmp_path: Path):
+    """Catches folders below that are left out, hidden files that are read, and an order that the disk decides."""
+    for name in (
+        "docs/b.md",
+        "docs/sub/deep/a.txt",
+        "docs/a.html",
+        "docs/.git/x.md",
+        "docs/.hidden.md",
+        "docs/c.jsonl.gz",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        content = b"<p>page" if name.endswith("html") else b"text"
+        (tmp_path / name).write_bytes(gzip.compress(b"{}") if name.endswith("gz") else content)
+    for pattern in ("docs", "docs/", "./docs", str(tmp_path / "docs")):
+        names = [row.source for row in read_rows(pattern, base=tmp_path)]
+        assert [name[name.index("docs") :] for name in names] == [
+            "docs/a.html",
+            "docs/b.md",
+            "docs/c.jsonl.gz",
+            "docs/sub/deep/a.txt",
+        ]
+    assert len(list(read_rows(".", base=tmp_path))) == 4
+
+
+def test_files_of_other_kinds_in_a_folder_are_told_at_once(tmp_path: Path):
+    (tmp_path / "docs").mkdir()
+    for name in ("a.md", "b.pdf", "c.pdf", "LICENSE"):
+        (tmp_path / "docs" / name).write_text("x")
+    with pytest.raises(WhetError, match=r"3 of 4 files .* \.pdf \(2\), no extension \(1\); the first is docs/LICENSE"):
+        list(read_rows("docs", base=tmp_path))
+    rows = read_rows(Origin("docs", skip_unreadable=True), base=tmp_path)
+    assert [row.source for row in rows] == ["docs/a.md"]
+    (tmp_path / "docs" / "a.md").unlink()
+    with pytest.raises(WhetError, match="no file that can be read"):
+        list(read_rows(Origin("docs", skip_unreadable=True), base=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("origin", "says"),
+    [
+        (Origin(), "no path"),
+        (Origin("a.jsonl", hub="x/y"), "path and hub"),
+        (Origin(url="postgresql://h/d"), "needs a query"),
+        (Origin(hub="x/y", sql="SELECT 1"), "no query"),
+        (Origin("a.jsonl", split="train"), "only a data set has a split"),
+        (Origin("a.jsonl", revision="main"), "for hub alone"),
+    ],
+)
+def test_origins_that_contradict_themselves(tmp_path: Path, origin: Origin, says: str):
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    with pytest.raises(WhetError, match=says) as caught:
+        list(read_rows(origin, base=tmp_path))
+    assert caught.value.fix

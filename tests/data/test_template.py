@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from tests.data.conftest import CHAT, build_tokenizer, conversations, labelled_runs, named, written_by_model
 from whet.data.chat_formats import CHAT_FORMATS, find_format
-from whet.data.chat_templates import get_chat_template
 from whet.data.examples import Conversation, Example, Preference, Text
 from whet.data.template import (
     IGNORE,
-    fingerprint,
     prepare_sft,
     preview,
     prompt_text,
@@ -212,25 +209,6 @@ def test_raw_text_begins_with_one_first_token():
     tokenizer.eos_token = None
     with pytest.raises(WhetError, match="no end-of-sequence token"):
         tokenize_text(tokenizer, "Hi", max_length=100)
-
-
-def test_the_fingerprint_follows_template_and_vocabulary_alone(tmp_path: Path):
-    """Catches a digest that padding or cutting a batch changes, or that a saved copy does not share."""
-    tokenizer = get_chat_template(build_tokenizer(), "chatml")
-    before = fingerprint(tokenizer)
-    tokenizer(["a", "b c d"], padding=True, truncation=True, max_length=2)
-    assert fingerprint(tokenizer) == before
-    tokenizer.save_pretrained(tmp_path)
-    assert fingerprint(AutoTokenizer.from_pretrained(tmp_path)) == before
-    tokenizer.add_tokens(["<new>"])
-    assert fingerprint(tokenizer) != before
-    assert fingerprint(named("gemma")) != fingerprint(named("phi-3"))
-
-
-def test_the_fingerprint_follows_the_template_where_nothing_else_differs():
-    """Catches a digest of the vocabulary and the special tokens alone."""
-    digests = {fingerprint(with_template(template)) for template in ("{{ messages }}", "{{ messages }} ", "")}
-    assert len(digests) == 3
 
 
 def conversation(messages: list[dict[str, Any]], line: int = 1) -> Example:

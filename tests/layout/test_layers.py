@@ -41,6 +41,7 @@ MAY_IMPORT = {
     "compat": EVERYTHING,
     "pipeline": EVERYTHING,
     "cli": EVERYTHING,
+    "cli_data": EVERYTHING,
 }
 REFUSED_MODULES = {"pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}
 REFUSED_CALLS = {"exec", "eval", "__import__", "torch.load", "inspect.getsource", "inspect.getsourcelines"}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from tests.road import write_recipe, write_rows
+from tests.road import prepared, write_recipe, write_rows
 from whet import pipeline
 from whet.errors import WhetError
 from whet.recipe import Recipe, load
@@ -31,9 +31,10 @@ def recipe(tmp_path: Path) -> Recipe:
 def trained(recipe: Recipe, folder: Path, spoil: bool = False, console: Console | None = None) -> Run:
     from datasets import load_from_disk
 
-    run = Run.open(recipe, folder, folder / "runs")
+    version = prepared(recipe, folder)
+    run = Run.open(recipe, folder, folder / "runs", version.digest)
     try:
-        run.stage("data", lambda staged: pipeline.make_data(recipe, folder, staged))
+        run.stage("data", lambda staged: pipeline.make_data(recipe, version, staged))
         model, tokenizer = load_for_training(recipe)
         if spoil:
             with torch.no_grad():

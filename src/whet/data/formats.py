@@ -23,15 +23,18 @@ from typing import Any
 from whet.data.examples import Conversation, Example, Message, Preference, Text
 from whet.data.faults import Faults
 from whet.data.messages import SHAREGPT_ROLES, check_answered, list_of, messages_of, text_of
-from whet.data.read import Row, read_rows
+from whet.data.read import Origin, Row, read_rows
 from whet.errors import WhetError, WhetErrors
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where records lie and how to read them. `format` None: told from the first row."""
+    """Where records lie and how to read them: a path, glob or folder, or what else `read.Origin` can say.
 
-    path: str
+    format: None: told from the first row.
+    """
+
+    origin: str | Origin
     format: str | None = None
     columns: Mapping[str, str] | None = None
 
@@ -45,7 +48,7 @@ def load_examples(sources: Sequence[Source], *, base: Path) -> list[Example]:
     examples: list[Example] = []
     for source in sources:
         try:
-            rows = read_rows(source.path, base=base, on_error=faults.add)
+            rows = read_rows(source.origin, base=base, on_error=faults.add)
             examples += normalise_all(rows, source.format, source.columns, faults=faults)
         except WhetErrors:  # twenty are enough
             raise
@@ -53,6 +56,22 @@ def load_examples(sources: Sequence[Source], *, base: Path) -> list[Example]:
             faults.add(error)
     faults.raise_if_any()
     return examples
+
+
+def format_of(source: Source, base: Path) -> str | None:
+    """The format that is declared, or that the first row has; None where there is no row to tell it from."""
+    if source.format is not None:
+        _check_declared(source.format, source.columns)
+        return source.format
+    for row in read_rows(source.origin, base=base, on_error=_passed_over):
+        format = detect(_rename(row.values, source.columns), where=row.where)
+        _check_declared(format, source.columns)
+        return format
+    return None
+
+
+def _passed_over(error: WhetError) -> None:
+    """What is wrong with a row is told when all rows are read."""
 
 
 def normalise_all(

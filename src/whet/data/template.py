@@ -12,8 +12,6 @@ A token belongs to the turn in which its first character lies.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -86,18 +84,6 @@ def prompt_text(
     return render(tokenizer, before, add_generation_prompt=True, tools=tools)
 
 
-def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256, in hex, of the chat template, the special tokens and the tokenizer.json that training saw."""
-    check_fast(tokenizer)
-    content = json.loads(tokenizer.backend_tokenizer.to_str())
-    # How the last batch was padded or cut is kept in tokenizer.json too, but changes no token.
-    content.pop("padding", None)
-    content.pop("truncation", None)
-    parts = [tokenizer.chat_template, tokenizer.special_tokens_map, content]
-    canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"), default=str)
-    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
-
-
 # ---------------------------------------------------------------- tokens and labels
 
 
@@ -147,6 +133,21 @@ def tokenize_text(tokenizer: PreTrainedTokenizerBase, text: str, *, max_length: 
     return _cut(input_ids, list(input_ids), max_length)
 
 
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, example: Example, *, max_length: int, train_on: TrainOn = "responses"
+) -> Tokenized:
+    """A conversation or a text; see the two above. Raises WhetError for a preference pair."""
+    if isinstance(example, Conversation):
+        return tokenize_conversation(
+            tokenizer, example.messages, train_on=train_on, max_length=max_length, tools=example.tools
+        )
+    if isinstance(example, Text):
+        return tokenize_text(tokenizer, example.text, max_length=max_length)
+    raise WhetError(
+        "a preference pair is no example to imitate", fix="train with method: dpo, or use a format of conversations"
+    )
+
+
 def prepare_sft(
     tokenizer: PreTrainedTokenizerBase,
     examples: Iterable[Example],
@@ -166,7 +167,7 @@ def prepare_sft(
         if isinstance(example, Conversation):
             _check_template(tokenizer)
         try:
-            row = _tokenize(tokenizer, example, train_on, max_length)
+            row = tokenize(tokenizer, example, max_length=max_length, train_on=train_on)
         except WhetError as error:
             where = f"{example.where}, {error.where}" if error.where else example.where
             faults.add(WhetError(error.what, where=where, fix=error.fix))
@@ -263,18 +264,6 @@ def _cut(input_ids: list[int], labels: list[int], max_length: int) -> Tokenized:
 
 
 # ---------------------------------------------------------------- how templates are called, and how they fail
-
-
-def _tokenize(tokenizer: PreTrainedTokenizerBase, example: Example, train_on: TrainOn, max_length: int) -> Tokenized:
-    if isinstance(example, Conversation):
-        return tokenize_conversation(
-            tokenizer, example.messages, train_on=train_on, max_length=max_length, tools=example.tools
-        )
-    if isinstance(example, Text):
-        return tokenize_text(tokenizer, example.text, max_length=max_length)
-    raise WhetError(
-        "a preference pair is no example to imitate", fix="train with method: dpo, or use a format of conversations"
-    )
 
 
 def _tokenize_by_tags(

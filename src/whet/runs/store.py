@@ -53,9 +53,12 @@ class Run:
         self.folder, self.recipe, self._lock = folder, recipe, lock
 
     @classmethod
-    def open(cls, recipe: Recipe, base: Path, root: Path) -> Run:
-        """The run of `recipe`, whose paths start at `base`, under `root`: a new folder, or the one it began in."""
-        inputs = input_digests(recipe, base)
+    def open(cls, recipe: Recipe, base: Path, root: Path, data: str = "") -> Run:
+        """The run of `recipe`, whose paths start at `base`, under `root`: a new folder, or the one it began in.
+
+        data: digest of the version of its data that it learns from.
+        """
+        inputs = input_digests(recipe, base) | ({"data": data} if data else {})
         digest = hashlib.sha256(json.dumps([recipe.digest(), inputs], sort_keys=True).encode()).hexdigest()
         folder = root / f"{recipe.name}-{digest[:10]}"
         with refused_when_full(folder):

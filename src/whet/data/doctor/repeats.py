@@ -1,0 +1,101 @@
+"""Rows that say the same: within the set, and between training and evaluation. As whet prep would find them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from whet.data.doctor.findings import Finding, Place, by_share
+from whet.data.doctor.rows import Row
+from whet.data.duplicates import Signatures, clusters, common_shingles, sign
+from whet.data.leaks import KINDS, Kind, LeakIndex, Matches, near_leaks
+from whet.data.signing import COMMON, SAMPLE
+
+THRESHOLD = 0.85
+"""Estimated Jaccard similarity from which rows count as one."""
+
+MANY = 0.01
+"""Share of the rows from which duplicates are more than a note."""
+
+HOW: dict[Kind, str] = {"exact": "say the same as", "near": "say nearly the same as", "ngram": "hold text of"}
+
+Labels = NDArray[np.int64]
+
+
+def find_repeats(rows: Sequence[Row], heldout: Sequence[Row]) -> Iterator[Finding]:
+    """Duplicates among the training rows, and the leaks of evaluation rows into them."""
+    said = [row.said for row in (*rows, *heldout)]
+    sample = sorted({row.example.id: row.said for row in rows}.items())[:SAMPLE]
+    common = common_shingles([text for _, text in sample], COMMON)
+    signatures = sign(said, THRESHOLD, common)
+    near = clusters(signatures, THRESHOLD)
+    yield from _duplicates(rows, _exact_labels(signatures)[: len(rows)], near[: len(rows)])
+    if heldout:
+        yield from _leaks(rows, heldout, near)
+
+
+def _exact_labels(signatures: Signatures) -> Labels:
+    return np.unique(signatures.exact, axis=0, return_inverse=True)[1].reshape(-1)
+
+
+def _duplicates(rows: Sequence[Row], exact: Labels, near: Labels) -> Iterator[Finding]:
+    again = _first_alike(exact)
+    if again:
+        yield Finding(
+            "exact duplicates",
+            by_share(len(again), len(rows), warning=MANY),
+            _places(rows, rows, again),
+            "Rows that say what an earlier row says. The model learns them by heart and repeats them.",
+            "Keep one of each; whet prep does (data.dedup).",
+        )
+    alike = {i: first for i, first in _first_alike(near).items() if i not in again}
+    if alike:
+        yield Finding(
+            "near duplicates",
+            by_share(len(alike), len(rows), warning=MANY),
+            _places(rows, rows, alike),
+            f"Rows that share some {THRESHOLD:.0%} of their five-word runs with an earlier row.",
+            f"Look at some. If they are copies with small changes, keep one of each: dedup: {{near: {THRESHOLD}}}.",
+        )
+
+
+def _first_alike(labels: Labels) -> dict[int, int]:
+    """Row -> the first row with its label, for every row that is not the first."""
+    _, first, number = np.unique(labels, return_index=True, return_inverse=True)
+    owner = first[number.reshape(-1)].tolist()
+    return {i: j for i, j in enumerate(owner) if i != j}
+
+
+def _leaks(rows: Sequence[Row], heldout: Sequence[Row], near: Labels) -> Iterator[Finding]:
+    found = _all_leaks([row.parts for row in rows], [row.said for row in heldout], near)
+    told: set[int] = set()
+    for kind in KINDS:  # each row is told once, by the plainest kind
+        of_kind = found.kind == KINDS.index(kind)
+        pairs: dict[int, int] = {}
+        for row, text in zip(found.row[of_kind].tolist(), found.text[of_kind].tolist(), strict=True):
+            if row not in told:
+                pairs.setdefault(row, text)
+        told.update(pairs)
+        if pairs:
+            yield Finding(
+                f"leaks ({'13-gram' if kind == 'ngram' else kind})",
+                "error",
+                _places(rows, heldout, pairs),
+                f"Training rows that {HOW[kind]} an evaluation row. Scores on that row then measure memory.",
+                "Drop these training rows (whet prep, leaks: {gate: drop}), or split by what they share (group_by).",
+            )
+
+
+def _all_leaks(rows: Sequence[Sequence[str]], heldout: Sequence[str], near: Labels) -> Matches:
+    """row, text: numbers in the two sequences."""
+    index = LeakIndex.build(heldout)
+    training = np.arange(len(near)) < len(rows)
+    alike = near_leaks(near, training, ~training)
+    alike = Matches(alike.row, alike.text - len(rows), alike.kind)
+    return Matches.merged([index.live(index.count(rows)).find(rows), alike])
+
+
+def _places(rows: Sequence[Row], others: Sequence[Row], pairs: dict[int, int]) -> tuple[Place, ...]:
+    return tuple(rows[i].place(rows[i].said, detail=f"as {others[j].where}") for i, j in pairs.items())
