@@ -63,7 +63,7 @@ class Memory:
     """The most resident memory that this process and its children have had together, in GiB."""
 
     def __init__(self) -> None:
-        self.most, self._stop = 0.0, threading.Event()
+        self.most, self.since, self._stop = 0.0, 0.0, threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Memory:
@@ -76,7 +76,8 @@ class Memory:
 
     def _watch(self) -> None:
         while not self._stop.wait(0.1):
-            self.most = max(self.most, sum(map(_resident, _family(os.getpid()))) / 2**30)
+            now = sum(map(_resident, _family(os.getpid()))) / 2**30
+            self.most, self.since = max(self.most, now), max(self.since, now)
 
 
 def _family(pid: int) -> list[int]:
@@ -97,24 +98,27 @@ def _resident(pid: int) -> int:
 
 
 def whet(folder: Path, workers: int, keep: bool = False) -> dict[str, Any]:
-    from whet.data.engine import Local
     from whet.data.formats import Source
-    from whet.data.prep import prep
-    from whet.data.steps import Leaks, Steps
+    from whet.data.prep.engine import Local
+    from whet.data.prep.prep import prep
+    from whet.data.prep.steps import Leaks, Steps
 
     store = folder / "store"
     shutil.rmtree(store, ignore_errors=True)
     seconds: dict[str, float] = {}
+    gib: dict[str, float] = {}
+    memory = Memory()
     last = start = time.perf_counter()
 
     def progress(step: str, done: int, parts: int) -> None:
         nonlocal last
         now = time.perf_counter()
         seconds[step] = seconds.get(step, 0.0) + now - last
+        gib[step], memory.since = max(gib.get(step, 0.0), memory.since), 0.0
         last = now
 
     steps = Steps(sources=(Source("rows-*.jsonl"),), leaks=Leaks("drop"))
-    with Memory() as memory:
+    with memory:
         version = prep("bench", steps, folder, store, engine=Local(workers), progress=progress)
     took = time.perf_counter() - start
     manifest = version.manifest
@@ -122,7 +126,8 @@ def whet(folder: Path, workers: int, keep: bool = False) -> dict[str, Any]:
     result = {
         "engine": "whet", "workers": workers, "rows": rows, "seconds": round(took, 1),
         "rows_s": round(rows / took), "memory_gib": round(memory.most, 3),
-        "steps": {name: round(value, 1) for name, value in seconds.items()}, "stages": manifest["stages"],
+        "steps": {name: round(value, 1) for name, value in seconds.items()},
+        "steps_gib": {name: round(value, 2) for name, value in gib.items()}, "stages": manifest["stages"],
         "digest": manifest["digest"],
     }  # fmt: skip
     if not keep:

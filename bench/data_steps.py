@@ -28,8 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from whet.data.duplicates import Signatures, banding, clusters, sign
-from whet.data.leaks import Counts, LeakIndex
+from whet.data.similar.duplicates import Signatures, banding, clusters, sign
+from whet.data.similar.leaks import Counts, LeakIndex
 
 WORDS = 145
 VOCABULARY = 50_000
@@ -126,7 +126,7 @@ def many_clusters(rows: int) -> dict[str, Any]:
 
 def _made_up(rows: int, folder: Path) -> Signatures:
     """The last tenth repeats the first with one place in twenty changed (a similarity of 0.95)."""
-    from whet.data.duplicates import _bands
+    from whet.data.similar.duplicates import _bands
 
     bands, size = banding(THRESHOLD)
     maps = Signatures(

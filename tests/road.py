@@ -16,7 +16,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from whet.data.versions import Version
+from whet.data.prep.versions import Version
 from whet.recipe import Recipe
 from whet.recipe_data import FOLDER, version_of
 

@@ -44,7 +44,7 @@ def prep(
 @data.command()
 def log(name: Name = None, runs: Runs = Path("runs")) -> None:
     """The versions of a data set, the newest last."""
-    from whet.data.versions import SHOWN
+    from whet.data.prep.versions import SHOWN
 
     table = Table("version", "made", "train", "eval", box=None, header_style="bold")
     for entry in _store(name, runs).log():
@@ -73,7 +73,7 @@ def diff(
     runs: Runs = Path("runs"),
 ) -> None:
     """Rows that one version has and another has not, by side."""
-    from whet.data.versions import SIDES, difference
+    from whet.data.prep.versions import SIDES, difference
 
     store = _store(name, runs)
     found = difference(store.version(old), store.version(new))
@@ -121,7 +121,7 @@ def preview(
     runs: Runs = Path("runs"),
 ) -> None:
     """Rows as the model will see them: what is learned, what is masked, special tokens."""
-    from whet.data.preview import preview_html
+    from whet.data.report.preview import preview_html
     from whet.data.template import tokenize
     from whet.recipe import load
     from whet.recipe_data import version_of
@@ -164,7 +164,7 @@ def doctor_data(
 
 
 def _store(name: str | None, runs: Path) -> Any:
-    from whet.data.versions import Store, stores
+    from whet.data.prep.versions import Store, stores
     from whet.recipe_data import FOLDER
 
     root = runs / FOLDER
@@ -179,7 +179,7 @@ def _store(name: str | None, runs: Path) -> Any:
 
 
 def _show(manifest: dict[str, Any]) -> None:
-    from whet.data.versions import SHOWN
+    from whet.data.prep.versions import SHOWN
 
     stages = {name: stage for name, stage in manifest["stages"].items() if stage}
     console.print(f"[bold]{escape(manifest['name'])}[/] {manifest['digest'][:SHOWN]}")

@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from whet.data import fingerprint
+from whet.data.prep.versions import SHOWN, Version
 from whet.data.prepare import read_questions
 from whet.data.template import Tokenized, preview
-from whet.data.versions import SHOWN, Version
 from whet.errors import WhetError
 from whet.evals.heldout import compare
 from whet.export.gguf_model import check_convertible, save_gguf

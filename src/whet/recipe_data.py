@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from whet import recipe as recipes
-from whet.data import steps
 from whet.data.clean import Clean
-from whet.data.engine import engine
 from whet.data.formats import Source
-from whet.data.prep import Progress, prep
-from whet.data.read import Origin
-from whet.data.versions import Version
+from whet.data.prep import steps
+from whet.data.prep.engine import engine
+from whet.data.prep.prep import Progress, prep
+from whet.data.prep.versions import Version
+from whet.data.read.rows import Origin
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -13,7 +13,7 @@ from tests.data.conftest import CHAT
 from whet.data.chat_formats import CHAT_FORMATS
 from whet.data.chat_templates import get_chat_template
 from whet.data.formats import FORMATS, detect, normalise
-from whet.data.read import Row
+from whet.data.read.rows import Row
 from whet.data.template import render
 
 PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")

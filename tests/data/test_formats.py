@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from whet.data.examples import Conversation, Preference, Text
 from whet.data.faults import Faults
 from whet.data.formats import Source, detect, load_examples, normalise, normalise_all
-from whet.data.read import Row
+from whet.data.read.rows import Row
 from whet.errors import WhetError, WhetErrors
 
 ASKED = {"role": "user", "content": "Hi"}

@@ -1,4 +1,4 @@
-"""A recipe's data made ready: sides that share nothing, rows with labels, questions with their references."""
+"""A version made ready: rows with labels, questions with their references."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import pytest
 from datasets import load_from_disk
 
 from tests.road import CONVERSATIONS, write_rows
-from whet.data.formats import Source
-from whet.data.prepare import Prepared, prepare, read_questions, read_sides
+from whet.data.formats import Source, load_examples
+from whet.data.prepare import Prepared, prepare, read_questions
+from whet.data.split import split
 from whet.errors import WhetError
 from whet.models.load import load_tokenizer
 
@@ -23,34 +24,14 @@ def tokenizer() -> Any:
     return load_tokenizer("builtin:tiny")
 
 
-def sides(folder: Path, rows: list[dict[str, Any]], **options: Any) -> Any:
+def sides(folder: Path, rows: list[dict[str, Any]]) -> Any:
     write_rows(folder / "rows.jsonl", rows)
-    options = {"eval_fraction": 0.25, "group_by": None, "seed": 1, **options}
-    return read_sides([Source("rows.jsonl")], options.pop("eval_sources", []), base=folder, **options)
+    return split(load_examples([Source("rows.jsonl")], base=folder), 0.25, seed=1)
 
 
 def prepared(folder: Path, tokenizer: Any, rows: list[dict[str, Any]], **options: Any) -> Prepared:
     options = {"method": "sft", "max_length": 64, "train_on": "responses", "packing": True, **options}
     return prepare(*sides(folder, rows), tokenizer, **options)
-
-
-def test_no_row_is_on_both_sides(tmp_path: Path) -> None:
-    """Catches equal rows that are split apart: the score would be of what was learned by heart."""
-    train, heldout = sides(tmp_path, CONVERSATIONS * 3)
-    assert len(train) + len(heldout) == 3 * len(CONVERSATIONS)
-    assert not {example.id for example in train} & {example.id for example in heldout}
-
-
-def test_held_out_rows_of_their_own_file(tmp_path: Path) -> None:
-    write_rows(tmp_path / "held.jsonl", CONVERSATIONS[:3])
-    train, heldout = sides(tmp_path, CONVERSATIONS[3:], eval_sources=[Source("held.jsonl")])
-    assert (len(train), len(heldout)) == (len(CONVERSATIONS) - 3, 3)
-
-
-def test_groups_stay_together(tmp_path: Path) -> None:
-    rows = [{**row, "customer": f"c{i % 8}"} for i, row in enumerate(CONVERSATIONS)]
-    train, heldout = sides(tmp_path, rows, group_by="customer", seed=3)
-    assert not {e.extra["customer"] for e in train} & {e.extra["customer"] for e in heldout}
 
 
 def test_only_answers_carry_labels(tmp_path: Path, tokenizer: Any) -> None:

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whet.data.duplicates import keepers
 from whet.data.examples import Example, Text
+from whet.data.similar.duplicates import keepers
 from whet.data.split import hash_of, is_late, resolve_straddling, sides, split, stratified_sides
 from whet.errors import WhetError
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from whet.data.chat_formats import CHAT_FORMATS, ChatFormat, find_format, jinja
 from whet.data.examples import Conversation
 from whet.data.formats import FORMATS, detect, normalise
-from whet.data.read import Row
+from whet.data.read.rows import Row
 from whet.errors import WhetError
 
 STANDARD_MAPPING = {"role": "role", "content": "content", "user": "user", "assistant": "assistant"}

@@ -196,7 +196,7 @@ def _with_even_space(text: str) -> str:
 def _without_html(text: str) -> str:
     """Tags become Markdown, entities their characters. What would read as a tag afterwards is written &lt;."""
     if _TAG.search(text):
-        from whet.data.read_html import html_to_text
+        from whet.data.read.html_files import html_to_text
 
         text = html_to_text(text)
     if "&" in text:

@@ -23,7 +23,7 @@ from typing import Any
 from whet.data.examples import Conversation, Example, Message, Preference, Text
 from whet.data.faults import Faults
 from whet.data.messages import SHAREGPT_ROLES, check_answered, list_of, messages_of, text_of
-from whet.data.read import Origin, Row, read_rows
+from whet.data.read.rows import Origin, Row, read_rows
 from whet.errors import WhetError, WhetErrors
 
 

@@ -13,9 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from whet.data import template
 from whet.data.examples import Conversation, Example, Preference
-from whet.data.formats import Source, load_examples
 from whet.data.pack import fill_fraction, pack
-from whet.data.split import split
 from whet.errors import WhetError
 from whet.files import write_text
 
@@ -42,22 +40,6 @@ class Prepared:
         self.heldout.save_to_disk(str(folder / "heldout"))
         lines = [json.dumps(asdict(question)) + "\n" for question in self.questions]
         write_text(folder / "questions.jsonl", "".join(lines))
-
-
-def read_sides(
-    sources: Sequence[Source],
-    eval_sources: Sequence[Source],
-    *,
-    base: Path,
-    eval_fraction: float,
-    group_by: str | None,
-    seed: int,
-) -> tuple[list[Example], list[Example]]:
-    """(training, held-out) examples: from files of their own, or split off by a keyed hash."""
-    examples = load_examples(sources, base=base)
-    if eval_sources:
-        return examples, load_examples(eval_sources, base=base)
-    return split(examples, eval_fraction, key=group_by, seed=seed)
 
 
 def prepare(

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from whet.data.duplicates import Flags, keepers
 from whet.data.examples import Example
-from whet.data.words import Indices
+from whet.data.similar.duplicates import Flags, keepers
+from whet.data.similar.words import Indices
 from whet.errors import WhetError
 
 Key = Callable[[Example], Any]

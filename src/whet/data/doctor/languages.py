@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from whet.data.doctor.findings import Finding, Place
 from whet.data.doctor.rows import Row
-from whet.data.statistics import NO_LANGUAGE, UNSURE, language
+from whet.data.report.statistics import NO_LANGUAGE, UNSURE, language
 
 SAMPLE = 1024
 """Rows that are looked at: those with the smallest ids, so that no order of files changes them."""

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from whet.data.doctor.findings import Finding, Place, by_share
 from whet.data.doctor.rows import Row
-from whet.data.duplicates import Signatures, clusters, common_shingles, sign
-from whet.data.leaks import KINDS, Kind, LeakIndex, Matches, near_leaks
-from whet.data.signing import COMMON, SAMPLE
+from whet.data.prep.signing import COMMON, SAMPLE
+from whet.data.similar.duplicates import Signatures, clusters, common_shingles, sign
+from whet.data.similar.leaks import KINDS, Kind, LeakIndex, Matches, near_leaks
 
 THRESHOLD = 0.85
 """Estimated Jaccard similarity from which rows count as one."""

@@ -11,7 +11,7 @@ from whet.data.doctor.findings import Finding, Place, by_share
 from whet.data.doctor.rows import Row
 from whet.data.examples import Text
 from whet.data.labels import IGNORE
-from whet.data.preview import special_ids
+from whet.data.report.preview import special_ids
 from whet.data.template import Tokenized, tokenize_conversation, tokenize_text
 from whet.errors import WhetError
 
