@@ -59,7 +59,7 @@ class Local:
         waiting: deque[Future[Result]] = deque()
         try:
             for item in items:
-                waiting.append(pool.submit(function, item))
+                waiting.append(pool.submit(_lean, function, item))
                 if len(waiting) > AHEAD * self.workers:
                     yield waiting.popleft().result()
             while waiting:
@@ -85,6 +85,16 @@ class Local:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
+
+
+def _lean(function: Callable[[Item], Result], item: Item) -> Result:
+    """The function's result; what its tables took goes back to the system, not to this worker's next item."""
+    import pyarrow as pa  # type: ignore[import-untyped]
+
+    try:
+        return function(item)
+    finally:
+        pa.default_memory_pool().release_unused()
 
 
 def _worker() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -158,21 +157,14 @@ class _Part:
             start += len(batch)
 
 
-@lru_cache(maxsize=1)
-def _loaded(folder: str, _: int) -> LeakIndex:
-    return LeakIndex.load(Path(folder))
-
-
-def _index(folder: str) -> LeakIndex:
-    return _loaded(folder, (Path(folder) / "grams.npy").stat().st_mtime_ns)
-
-
 def _count(part: _Part) -> Counts:
     """Its `touched` are rows of the chunk."""
-    found = [(rows, _index(part.index).count(batch)) for rows, batch in part.batches()]
+    index = LeakIndex.load(Path(part.index))
+    found = [(rows, index.count(batch)) for rows, batch in part.batches()]
     return Counts.merged([replace(counts, touched=rows[counts.touched]) for rows, counts in found])
 
 
 def _find(part: _Part) -> Matches:
-    found = [(rows + part.first, _index(part.index).find(batch)) for rows, batch in part.batches()]
+    index = LeakIndex.load(Path(part.index))
+    found = [(rows + part.first, index.find(batch)) for rows, batch in part.batches()]
     return Matches.merged([Matches.of(rows[leaks.row], leaks.text, leaks.kind) for rows, leaks in found])
