@@ -24,7 +24,7 @@ MARKERS = re.compile(r"<!-- bench:(?P<name>[\w-]+) -->\n.*?<!-- /bench:(?P=name)
 OPENING = re.compile(r"<!-- bench:[\w-]+ -->")
 BASELINE = "hf"  # what the others are set against
 OWN = {"packing": None, "gpu_memory": None, "compute": None}  # an engine's own ways through the same rows
-NAMED = ("torch", "transformers", "trl", "peft", "bitsandbytes")
+NAMED = ("torch", "transformers", "trl", "peft", "bitsandbytes", "presidio-analyzer", "ftfy", "rensa", "datasketch")
 
 
 def read(path: Path) -> list[Line]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -196,6 +197,53 @@ def test_evaluation_files_of_their_own_are_checked_against(tmp_path: Path) -> No
     assert dropped.manifest["stages"]["leaks"]["dropped"] == 1
     warned = made(tmp_path, replace(steps, leaks=Leaks("warn")))
     assert len(said(warned, "train")) == 51
+
+
+def test_leaks_planted_at_fifty_places_are_all_refused(tmp_path: Path) -> None:
+    """By other case and punctuation, as a part of a longer row, as a near-duplicate, from a task; and only those."""
+    draw = random.Random(11)
+    clean, held = rows(400), rows(60, 1000)
+    tasks = [{"question": text(i, 30), "answer": "yes"} for i in range(2000, 2010)]
+    planted = [
+        {"text": re.sub(" ", lambda _: draw.choice([" ", ", ", "! "]), row["text"].upper())} for row in held[:15]
+    ]
+    planted += [
+        {"text": f"{text(3000 + i)} {row['text'].lower()} {text(4000 + i)}"} for i, row in enumerate(held[15:30])
+    ]
+    planted += [{"text": row["text"].rpartition(" ")[0] + " otherwise"} for row in held[30:40]]
+    planted += [{"text": f"Please answer. {task['question']} Be brief."} for task in tasks]
+    lines = clean + planted
+    draw.shuffle(lines)
+    places = {i for i, line in enumerate(lines, start=1) if line in planted}
+    write(tmp_path / "train", "a.jsonl", lines)
+    write(tmp_path / "held", "b.jsonl", held)
+    write(tmp_path / "tasks", "t.jsonl", tasks)
+    sources = {"sources": (Source("train/*.jsonl"),), "eval_sources": (Source("held/*.jsonl"),)}
+    steps = replace(STEPS, **sources, leaks=Leaks(tasks=("tasks/t.jsonl",)))
+    assert len(places) == 50
+    with pytest.raises(WhetErrors, match="50 training rows hold text of the evaluation"):
+        made(tmp_path, steps)
+    version = made(tmp_path, replace(steps, leaks=Leaks("drop", ("tasks/t.jsonl",))))
+    assert version.manifest["stages"]["leaks"]["dropped"] == 50
+    assert {line["line"] for line in version.lines("train")} == set(range(1, 451)) - places
+
+
+def test_a_version_prepared_again_loses_and_changes_nothing(tmp_path: Path) -> None:
+    """Every step is idempotent: cleaning, redaction, duplicates, the split and the gate."""
+    messy = [{"text": f"{line['text']}  \r\n\r\n\r\n\r\nMail ann{i % 40}@acme.com, caf\u00c3\u00a9"}
+             for i, line in enumerate(rows(150) + rows(30))]  # fmt: skip
+    write(tmp_path / "first", "a.jsonl", messy)
+    steps = replace(STEPS, redact=Redaction("custom", {"EMAIL": "placeholder"}))
+    first = made(tmp_path / "first", steps)
+    assert first.manifest["stages"]["clean"]["changed"] == 180
+    assert first.manifest["stages"]["redact"]["rows_changed"] == 180
+    assert first.manifest["stages"]["dedup"]["exact"] == 30
+    again = made(first.folder, replace(steps, sources=(Source("*-*.jsonl"),)), tmp_path / "again")
+    assert again.manifest["stages"]["clean"]["changed"] == 0
+    assert again.manifest["stages"]["redact"]["rows_changed"] == 0
+    assert (again.manifest["stages"]["dedup"]["exact"], again.manifest["stages"]["dedup"]["near"]) == (0, 0)
+    for side in ("train", "eval"):
+        assert again.ids(side) == first.ids(side)
 
 
 def test_questions_of_a_task_file_are_found(tmp_path: Path) -> None:

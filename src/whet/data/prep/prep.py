@@ -13,7 +13,6 @@ order in which rows, files or workers come.
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -31,17 +30,17 @@ from whet.data.faults import LIMIT
 from whet.data.prep import chunks, write
 from whet.data.prep.engine import Engine, Local, cores
 from whet.data.prep.gate import Gate
+from whet.data.prep.rows import Rows
 from whet.data.prep.signing import Signed, sign_chunks
 from whet.data.prep.steps import Steps, digest_of
 from whet.data.prep.versions import SHOWN, SIDES, Store, Version, digest_of_rows
-from whet.data.similar.duplicates import keepers
+from whet.data.similar.duplicates import Flags, keepers
 from whet.data.similar.tasks import read_tasks, task_files
-from whet.data.split import hash_of, resolve_straddling, sides, stratified_sides
+from whet.data.split import resolve_straddling, sides, stratified_sides
 from whet.errors import WhetError, WhetErrors
-from whet.files import refused_when_full, sha256, staged_folder, write_text
+from whet.files import refused_when_full, sha256, staged_folder
 
 T = TypeVar("T")
-Bools = NDArray[np.bool_]
 Progress = Callable[[str, int, int], None]
 """Called with a step's name, the parts that are done, and all of its parts."""
 
@@ -65,47 +64,6 @@ def _silent(step: str, done: int, parts: int) -> None:
 
 
 @dataclass
-class Rows:
-    """Numbers of every row [N], in the order of the chunks. id: two uint64 words; chunk, at: where it lies."""
-
-    id: NDArray[np.uint64]
-    chunk: NDArray[np.int32]
-    at: NDArray[np.int64]
-    characters: NDArray[np.int64]
-    group: NDArray[np.uint64]
-    stratum: NDArray[np.uint64]
-    held: Bools
-
-    def __len__(self) -> int:
-        return len(self.chunk)
-
-    @classmethod
-    def load(cls, tasks: Sequence[chunks.Task], steps: Steps) -> Rows:
-        names = ["id", "characters", "group", "stratum", "held"]
-        tables = [chunks.read_columns(task.path("arrow"), names) for task in tasks]
-        counts = [table.num_rows for table in tables]
-
-        def column(name: str, kind: Any) -> NDArray[Any]:
-            empty = False if kind is np.bool_ else 0
-            parts = [table.column(name).combine_chunks().fill_null(empty) for table in tables]
-            return np.concatenate([np.empty(0, kind), *(part.to_numpy(zero_copy_only=False) for part in parts)])
-
-        ids = b"".join(b"".join(table.column("id").to_pylist()) for table in tables)
-        rows = cls(
-            id=np.frombuffer(ids, dtype=">u8").astype(np.uint64).reshape(-1, 2),
-            chunk=np.repeat(np.arange(len(tasks), dtype=np.int32), counts),
-            at=np.concatenate([np.arange(n, dtype=np.int64) for n in counts]) if counts else np.empty(0, np.int64),
-            characters=column("characters", np.int64),
-            group=column("group", np.uint64),
-            stratum=column("stratum", np.uint64),
-            held=column("held", np.bool_),
-        )
-        if steps.split.group_by is None:
-            rows.group = np.array([hash_of(f"{a:016x}{b:016x}", steps.seed) for a, b in rows.id.tolist()], np.uint64)
-        return rows
-
-
-@dataclass
 class _Preparation:
     name: str
     steps: Steps
@@ -117,8 +75,8 @@ class _Preparation:
 
     def run(self) -> Version:
         tasks = chunks.plan(self.steps, self.base, self.store.cache)
-        known = self.known([task.name for task in tasks])
-        if known is not None:
+        made_of = self.made_of(tasks)
+        if (known := self.store.known(made_of)) is not None:
             return known
         made = self.each("read", chunks.make, tasks)
         self.check_bad_rows(made)
@@ -129,35 +87,16 @@ class _Preparation:
         held = self.split(rows, signed, kept)
         kept &= ~self.leaking(tasks, rows, signed, kept, held)
         self.check_sides(kept, held)
-        made_version = self.write(tasks, made, rows, kept, held)
-        self.store.record(made_version)
+        version = self.write(tasks, made, rows, kept, held)
+        self.store.record(version, made_of)
         self.store.forget({task.name for task in tasks})
-        self.know([task.name for task in tasks], made_version)
-        return made_version
-
-    # ------------------------------------------------------------ what was made before
-
-    def known(self, names: Sequence[str]) -> Version | None:
-        """The version that was last made, if it was made of these chunks in this way."""
-        path = self.store.folder / ".known.json"
-        kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if kept.get("of") != self.made_of(names):
-            return None
-        version = Version(self.store.folder / kept["digest"][:SHOWN])
-        if not version.folder.is_dir():
-            return None
-        version.check()
-        self.store.record(version)
         return version
 
-    def know(self, names: Sequence[str], version: Version) -> None:
-        known = {"of": self.made_of(names), "digest": version.digest}
-        write_text(self.store.folder / ".known.json", json.dumps(known) + "\n")
-
-    def made_of(self, names: Sequence[str]) -> str:
+    def made_of(self, tasks: Sequence[chunks.Task]) -> str:
+        """A digest of all that goes into the version."""
         leaks = self.steps.leaks
         files = [path for pattern in leaks.tasks for path, _ in task_files(pattern, self.base)] if leaks else []
-        return digest_of([self.steps.digest(), list(names), [sha256(path) for path in files]])
+        return digest_of([self.steps.digest(), [task.name for task in tasks], [sha256(path) for path in files]])
 
     def each(self, step: str, function: Callable[[Any], T], items: Sequence[Any]) -> list[T]:
         """The function's results, in the order of the items, while progress is told."""
@@ -211,7 +150,7 @@ class _Preparation:
         threshold = dedup.near if dedup and dedup.near else 0.85
         return sign_chunks(tasks, threshold, lambda function, items: self.each("sign", function, items))
 
-    def without_duplicates(self, rows: Rows, signed: Signed | None) -> Bools:
+    def without_duplicates(self, rows: Rows, signed: Signed | None) -> Flags:
         """Which rows stay. Training and evaluation sources are each a set of their own; between them it is a leak."""
         dedup = self.steps.dedup
         kept = np.ones(len(rows), np.bool_)
@@ -236,7 +175,7 @@ class _Preparation:
 
     # ------------------------------------------------------------ sides
 
-    def split(self, rows: Rows, signed: Signed | None, kept: Bools) -> Bools:
+    def split(self, rows: Rows, signed: Signed | None, kept: Flags) -> Flags:
         """Which rows are held out. Rows that are near-duplicates of the other side's are dropped from `kept`."""
         split = self.steps.split
         if self.steps.eval_sources or split.time:
@@ -255,8 +194,8 @@ class _Preparation:
         return held
 
     def leaking(
-        self, tasks: Sequence[chunks.Task], rows: Rows, signed: Signed | None, kept: Bools, held: Bools
-    ) -> Bools:
+        self, tasks: Sequence[chunks.Task], rows: Rows, signed: Signed | None, kept: Flags, held: Flags
+    ) -> Flags:
         """Which training rows hold evaluation text and are to be dropped. Raises WhetErrors where the gate refuses."""
         none = np.zeros(len(rows), np.bool_)
         self.done["leaks"] = None
@@ -287,7 +226,7 @@ class _Preparation:
             text = text if row.dropped else row.texts[0]
         return text
 
-    def check_sides(self, kept: Bools, held: Bools) -> None:
+    def check_sides(self, kept: Flags, held: Flags) -> None:
         counts = {"training": int((kept & ~held).sum()), "evaluation": int((kept & held).sum())}
         self.done["split"] |= {"train": counts["training"], "eval": counts["evaluation"]}
         for name, count in counts.items():
@@ -301,7 +240,7 @@ class _Preparation:
     # ------------------------------------------------------------ the version
 
     def write(
-        self, tasks: Sequence[chunks.Task], made: Sequence[dict[str, Any]], rows: Rows, kept: Bools, held: Bools
+        self, tasks: Sequence[chunks.Task], made: Sequence[dict[str, Any]], rows: Rows, kept: Flags, held: Flags
     ) -> Version:
         order = np.lexsort((rows.id[:, 1], rows.id[:, 0]))
         ids = {side: _id_bytes(rows.id, order, kept & (held == (side == "eval"))) for side in SIDES}
@@ -336,7 +275,7 @@ class _Preparation:
         return version
 
 
-def _labels(keys: NDArray[Any], held: Bools) -> NDArray[np.int64]:
+def _labels(keys: NDArray[Any], held: Flags) -> NDArray[np.int64]:
     """A number for each different key [N] or [N, 2] on each side."""
     words = keys.reshape(len(keys), -1)
     order = np.lexsort([*words.T, held])
@@ -348,6 +287,6 @@ def _labels(keys: NDArray[Any], held: Bools) -> NDArray[np.int64]:
     return labels
 
 
-def _id_bytes(ids: NDArray[np.uint64], order: NDArray[np.intp], chosen: Bools) -> Iterator[bytes]:
+def _id_bytes(ids: NDArray[np.uint64], order: NDArray[np.intp], chosen: Flags) -> Iterator[bytes]:
     for part in np.array_split(order[chosen[order]], 64):
         yield ids[part].astype(">u8").tobytes()

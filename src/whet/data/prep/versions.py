@@ -90,14 +90,28 @@ class Store:
             return []
         return [json.loads(line) for line in text.splitlines()]
 
-    def record(self, version: Version) -> None:
-        """Make `version` the newest, unless it is."""
+    def record(self, version: Version, made_of: str) -> None:
+        """Make `version` the newest, and remember a digest of what it was made of."""
         entries, manifest = self.log(), version.manifest
+        write_text(self._known, json.dumps({"of": made_of, "digest": manifest["digest"]}) + "\n")
         if entries and entries[-1]["digest"] == manifest["digest"]:
             return
         rows = {side: manifest["sides"][side]["rows"] for side in SIDES}
         entry = {"digest": manifest["digest"], "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **rows}
         write_text(self.folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in [*entries, entry]))
+
+    def known(self, made_of: str) -> Version | None:
+        """The newest version, if that is what it was made of. Raises WhetError where a file of it was changed."""
+        kept = json.loads(self._known.read_text(encoding="utf-8")) if self._known.exists() else {}
+        if kept.get("of") != made_of or not (self.folder / kept["digest"][:SHOWN]).is_dir():
+            return None
+        version = Version(self.folder / kept["digest"][:SHOWN])
+        version.check()
+        return version
+
+    @property
+    def _known(self) -> Path:
+        return self.folder / ".newest.json"
 
     def version(self, digest: str | None = None) -> Version:
         """The one whose digest begins so; None: the newest. Raises WhetError where none or several do."""

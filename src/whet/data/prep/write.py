@@ -14,20 +14,18 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from whet.data.examples import spoken
 from whet.data.prep import chunks, versions
+from whet.data.prep.rows import Rows
 from whet.data.prep.versions import SIDES
 from whet.data.report.card import write_card
 from whet.data.report.statistics import Stats, of_batch
 from whet.files import write_text
-
-if TYPE_CHECKING:
-    from whet.data.prep.prep import Rows
 
 PART = 64 << 20
 """Characters of a part, at most about."""

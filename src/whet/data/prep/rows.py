@@ -1,0 +1,59 @@
+"""Numbers of every row [N], in the order of the chunks: what duplicates, sides and leaks are decided on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from whet.data.prep import chunks
+from whet.data.prep.steps import Steps
+from whet.data.similar.duplicates import Flags
+from whet.data.similar.words import Hashes, Indices
+from whet.data.split import hash_of
+
+
+@dataclass
+class Rows:
+    """id [N, 2]: two words. chunk: the number of the one that it lies in. characters: of its texts.
+
+    group, stratum: hashes of what the split goes by; without a group, of the row's id. held: out for evaluation, by its
+    source or its time.
+    """
+
+    id: Hashes
+    chunk: NDArray[np.int32]
+    characters: Indices
+    group: Hashes
+    stratum: Hashes
+    held: Flags
+
+    def __len__(self) -> int:
+        return len(self.chunk)
+
+    @classmethod
+    def load(cls, tasks: Sequence[chunks.Task], steps: Steps) -> Rows:
+        names = ["id", "characters", "group", "stratum", "held"]
+        tables = [chunks.read_columns(task.path("arrow"), names) for task in tasks]
+        counts = [table.num_rows for table in tables]
+
+        def column(name: str, kind: Any) -> NDArray[Any]:
+            empty = False if kind is np.bool_ else 0
+            parts = [table.column(name).combine_chunks().fill_null(empty) for table in tables]
+            return np.concatenate([np.empty(0, kind), *(part.to_numpy(zero_copy_only=False) for part in parts)])
+
+        ids = b"".join(b"".join(table.column("id").to_pylist()) for table in tables)
+        rows = cls(
+            id=np.frombuffer(ids, dtype=">u8").astype(np.uint64).reshape(-1, 2),
+            chunk=np.repeat(np.arange(len(tasks), dtype=np.int32), counts),
+            characters=column("characters", np.int64),
+            group=column("group", np.uint64),
+            stratum=column("stratum", np.uint64),
+            held=column("held", np.bool_),
+        )
+        if steps.split.group_by is None:
+            rows.group = np.array([hash_of(f"{a:016x}{b:016x}", steps.seed) for a, b in rows.id.tolist()], np.uint64)
+        return rows
