@@ -83,7 +83,7 @@ def test_what_redaction_took_out_comes_back_with_the_key(here: Here, folder: Pat
     told = here("prep", "recipe.yaml", cwd=folder)
     assert told.code == 0, told.err
     assert "EMAIL 24" in told.out
-    assert "PERSON is not covered" in told.out
+    assert "PERSON is not fully covered" in told.out
     version = Store(folder / "runs" / "data" / "colours").version()
     path = version.folder / "train-00000.jsonl"
     assert "acme.com" not in path.read_text(encoding="utf-8")

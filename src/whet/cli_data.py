@@ -191,7 +191,7 @@ def _show(manifest: dict[str, Any]) -> None:
         found = ", ".join(f"{name} {count:,}" for name, count in redact["found"].items())
         console.print(f"[green]{'':<8}[/]{found or 'nothing found'}", soft_wrap=True)
         for name, why in redact["not_covered"].items():
-            console.print(f"[yellow]{'':<8}{name} is not covered:[/] {escape(why)}", soft_wrap=True)
+            console.print(f"[yellow]{'':<8}{name} is not fully covered:[/] {escape(why)}", soft_wrap=True)
 
 
 def _text(value: Any) -> str:

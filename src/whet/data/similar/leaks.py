@@ -312,7 +312,7 @@ def faults_of(leaks: Sequence[Leak], *, rows: int | None = None) -> list[WhetErr
     total = len(leaks) if rows is None else rows
     summary = WhetError(
         f"{total} training row{'s hold' if total != 1 else ' holds'} text of the evaluation",
-        where="leaks",
-        fix="remove these rows, or write leaks: {gate: drop} to leave them out, or {gate: warn} to keep them",
+        where="data.leaks",
+        fix="remove these rows, or under data write leaks: {gate: drop} to leave them out, {gate: warn} to keep them",
     )
     return [*shown[:LIMIT], summary]
