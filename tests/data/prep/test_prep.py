@@ -67,7 +67,7 @@ def test_every_row_is_on_one_side_once(tmp_path: Path) -> None:
     assert not train & held
     assert train | held == {row["text"] for row in rows(300)}
     assert 10 < len(held) < 60
-    assert version.manifest["stages"]["read"] == {"rows": 300, "bad": 0, "reasons": {}}
+    assert version.manifest["stages"]["read"] == {"rows": 300, "bad": 0, "format": "text", "reasons": {}}
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -154,6 +154,14 @@ def test_equal_and_nearly_equal_rows_are_one(tmp_path: Path) -> None:
     assert version.manifest["sides"]["train"]["rows"] + version.manifest["sides"]["eval"]["rows"] == 100
     assert version.manifest["stages"]["dedup"]["exact"] == 20
     assert version.manifest["stages"]["dedup"]["near"] == 20
+    listed = [json.loads(line) for line in (version.folder / "duplicates.jsonl").read_text().splitlines()]
+    assert len(listed) == 40
+    left = {f"{line['source']}:{line['line']}" for side in ("train", "eval") for line in version.lines(side)}
+    for pair in listed:
+        number = (int(pair["dropped"].partition(":")[2]) - 101) % 20
+        assert int(pair["kept"].partition(":")[2]) - 1 in (number, 100 + number, 120 + number)
+        assert pair["kept"] in left
+        assert pair["dropped"] not in left
 
 
 def test_a_shared_instruction_makes_no_duplicates(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from whet.data.faults import LIMIT
 from whet.data.prep import chunks, write
 from whet.data.prep.engine import Engine, Local, cores
 from whet.data.prep.gate import Gate
-from whet.data.prep.rows import Rows
+from whet.data.prep.rows import Duplicates, Rows
 from whet.data.prep.signing import Signed, sign_chunks
 from whet.data.prep.steps import Steps, digest_of
 from whet.data.prep.versions import SHOWN, SIDES, Store, Version, digest_of_rows
@@ -72,6 +72,7 @@ class _Preparation:
     engine: Engine
     progress: Progress
     done: dict[str, Any] = field(default_factory=dict)  # the manifest's stages
+    duplicates: Duplicates | None = None
 
     def run(self) -> Version:
         tasks = chunks.plan(self.steps, self.base, self.store.cache)
@@ -80,7 +81,7 @@ class _Preparation:
             return known
         made = self.each("read", chunks.make, tasks)
         self.check_bad_rows(made)
-        self.count_reading(made)
+        self.count_reading(tasks, made)
         rows = Rows.load(tasks, self.steps)
         signed = self.sign(tasks)
         kept = self.without_duplicates(rows, signed)
@@ -121,10 +122,12 @@ class _Preparation:
             shown.append(WhetError(more, fix=f"all of them are in {self.store.folder / 'quarantine.jsonl'}"))
         raise WhetErrors(shown)
 
-    def count_reading(self, made: Sequence[dict[str, Any]]) -> None:
+    def count_reading(self, tasks: Sequence[chunks.Task], made: Sequence[dict[str, Any]]) -> None:
         reasons = Counter(write.kind_of(fault["reason"]) for summary in made for fault in summary["faults"])
         total = {name: sum(summary[name] for summary in made) for name in ("rows", "cleaned", "redacted", "dropped")}
-        self.done["read"] = {"rows": total["rows"], "bad": reasons.total(), "reasons": dict(reasons.most_common())}
+        formats = ", ".join(sorted({task.format for task in tasks}))
+        counts = {"rows": total["rows"], "bad": reasons.total(), "format": formats}
+        self.done["read"] = {**counts, "reasons": dict(reasons.most_common())}
         self.done["clean"] = {"changed": total["cleaned"]} if self.steps.clean else None
         self.done["redact"] = None
         if self.steps.redact:
@@ -168,6 +171,7 @@ class _Preparation:
             kept = near
         else:
             labels = _labels(rows.id, rows.held)
+        self.duplicates = Duplicates.of(labels, kept)
         sizes = np.unique(labels, return_counts=True)[1]
         counts["clusters"], counts["largest"] = int((sizes > 1).sum()), int(sizes.max(initial=0))
         self.done["dedup"] = counts
@@ -256,6 +260,8 @@ class _Preparation:
             faults = write.in_order(fault for summary in made for fault in summary["faults"])
             if faults:
                 write.quarantine(faults, folder / "quarantine.jsonl")
+            if self.duplicates:
+                write.list_duplicates(self.duplicates, tasks, rows, folder / "duplicates.jsonl")
             write.copy_vaults(tasks, folder)
             earlier = self.store.log()
             manifest = {

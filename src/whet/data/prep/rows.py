@@ -57,3 +57,31 @@ class Rows:
         if steps.split.group_by is None:
             rows.group = np.array([hash_of(f"{a:016x}{b:016x}", steps.seed) for a, b in rows.id.tolist()], np.uint64)
         return rows
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Rows that were dropped, and the row of each one's cluster that stayed; both are numbers of rows."""
+
+    dropped: Indices
+    kept: Indices
+
+    @classmethod
+    def of(cls, labels: Indices, kept: Flags) -> Duplicates:
+        """labels: the cluster of each row [N], in each of which one row is kept."""
+        stays = np.zeros(int(labels.max(initial=-1)) + 1, np.int64)
+        stays[labels[kept]] = np.flatnonzero(kept)
+        dropped = np.flatnonzero(~kept)
+        return cls(dropped, stays[labels[dropped]])
+
+
+def places(chosen: Indices, rows: Rows, tasks: Sequence[chunks.Task]) -> list[str]:
+    """file:line of each chosen row."""
+    starts = np.searchsorted(rows.chunk, np.arange(len(tasks)))
+    found = np.empty(len(chosen), object)
+    for number in np.unique(rows.chunk[chosen]).tolist():
+        mine = np.flatnonzero(rows.chunk[chosen] == number)
+        table = chunks.read_columns(tasks[number].path("arrow"), ["source", "line"]).take(chosen[mine] - starts[number])
+        sources, lines = (table.column(name).to_pylist() for name in ("source", "line"))
+        found[mine] = [f"{source}:{line}" for source, line in zip(sources, lines, strict=True)]
+    return found.tolist()

@@ -2,7 +2,7 @@
 
     STORE/NAME/
       log.jsonl       a line each time another version was made: digest, date, counts
-      DIGEST/         manifest.json, card.html, train-*.jsonl, eval-*.jsonl, quarantine.jsonl: all of it, or nothing
+      DIGEST/         manifest.json, card.html, train-*.jsonl, eval-*.jsonl, what was dropped: all or nothing
       .cache/         parts of what a version is made of (chunks.py)
 
 The digest covers what is done to the rows and the ids of the rows on each side. A line of a side's files is a row: id,

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from whet.data.examples import spoken
 from whet.data.prep import chunks, versions
-from whet.data.prep.rows import Rows
+from whet.data.prep.rows import Duplicates, Rows, places
 from whet.data.prep.versions import SIDES
 from whet.data.report.card import write_card
 from whet.data.report.statistics import Stats, of_batch
@@ -153,6 +153,13 @@ def quarantine(faults: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Place and reason of each bad row; what it holds stays where it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "".join(json.dumps(fault, ensure_ascii=False) + "\n" for fault in faults))
+
+
+def list_duplicates(found: Duplicates, tasks: Sequence[chunks.Task], rows: Rows, path: Path) -> None:
+    """Where each dropped row was, and the one that stayed for it."""
+    dropped, kept = (places(chosen, rows, tasks) for chosen in (found.dropped, found.kept))
+    pairs = sorted(zip(dropped, kept, strict=True))
+    write_text(path, "".join(json.dumps({"dropped": a, "kept": b}, ensure_ascii=False) + "\n" for a, b in pairs))
 
 
 def kind_of(reason: str) -> str:
