@@ -35,6 +35,17 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to, which becomes `path` in one step. Several processes may write one at a time."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
 def staged_folder(final: Path) -> Iterator[Path]:
     """A folder beside `final` to write into; on success its files move to `final`, on failure it is removed.
 

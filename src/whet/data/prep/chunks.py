@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +30,7 @@ from whet.data.read.chunks import Chunk, read_chunk
 from whet.data.read.chunks import chunks as chunks_of
 from whet.data.split import hash_of, is_late
 from whet.errors import WhetError, WhetErrors
-from whet.files import refused_when_full, write_text
+from whet.files import refused_when_full, whole_file, write_text
 
 VERSION = 1
 """Of what this step does. Raised when equal input would come out otherwise than before."""
@@ -209,7 +208,8 @@ class _Maker:
 
         assert self.steps.redact is not None
         assert self.steps.redact.key is not None
-        _write_bytes(self.task.path("vault"), seal(self.originals, self.steps.redact.key))
+        with whole_file(self.task.path("vault")) as partial:
+            partial.write_bytes(seal(self.originals, self.steps.redact.key))
 
 
 def _column(example: Example, name: str) -> Any:
@@ -241,23 +241,13 @@ def redactor(how: Redaction) -> Any:
 
 def write_table(table: pa.Table, path: Path) -> None:
     """As an Arrow file of compressed batches, there whole or not at all."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        options = pa.ipc.IpcWriteOptions(compression="zstd")
-        with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, table.schema, options=options) as writer:
-            writer.write_table(table, max_chunksize=BATCH)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with (
+        whole_file(path) as partial,
+        pa.OSFile(str(partial), "wb") as file,
+        pa.ipc.new_file(file, table.schema, options=options) as writer,
+    ):
+        writer.write_table(table, max_chunksize=BATCH)
 
 
 def read_columns(path: Path, names: Sequence[str]) -> pa.Table:

@@ -28,10 +28,10 @@ Each = Callable[[str, Callable[[Any], Any], Sequence[Any]], list[Any]]
 
 @dataclass(frozen=True)
 class Gate:
-    """What the leaks of all chunks are found with. counts: of each chunk's rows."""
+    """What the leaks of all chunks are found with. offsets: where each chunk's rows begin, and their number."""
 
     tasks: Sequence[chunks.Task]
-    counts: Indices
+    offsets: Indices
     signed: Signed
     evaluation: Sequence[TaskText]
     folder: Path
@@ -39,14 +39,12 @@ class Gate:
 
     def find(self, training: Flags, held: Flags) -> Found:
         """training, held: the rows [N] of each side."""
-        offsets = np.concatenate([[0], np.cumsum(self.counts)])
-        held_rows = np.flatnonzero(held)
         parts = [
             _Part(str(task.path("arrow")), str(self.folder), int(start), np.flatnonzero(training[start:stop]))
-            for task, start, stop in zip(self.tasks, offsets[:-1], offsets[1:], strict=True)
+            for task, start, stop in self._slices()
         ]
         try:
-            self._share(self._index(held, offsets))
+            self._share(self._index(held))
             counts = self.each("leaks", _count, parts)
             self._share(LeakIndex.load(self.folder).live(Counts.merged(counts)))
             # Only rows that have some window of a held-out text can leak one.
@@ -54,13 +52,17 @@ class Gate:
             leaks = Matches.merged(self.each("leaks", _find, touched))
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
-        return Found(self, leaks, self._near(training, held), held_rows, offsets)
+        return Found(self, leaks, self._near(training, held), np.flatnonzero(held))
 
-    def _index(self, held: Flags, offsets: Indices) -> LeakIndex:
+    def _slices(self) -> Iterator[tuple[chunks.Task, int, int]]:
+        """Each chunk, and its rows among all."""
+        return zip(self.tasks, self.offsets[:-1].tolist(), self.offsets[1:].tolist(), strict=True)
+
+    def _index(self, held: Flags) -> LeakIndex:
         """Of what held-out rows say, and the evaluation's tasks after them."""
         said = [
             "\n".join(spoken(example))
-            for task, start, stop in zip(self.tasks, offsets[:-1], offsets[1:], strict=True)
+            for task, start, stop in self._slices()
             for example in chunks.examples_of(task.path("arrow"), np.flatnonzero(held[start:stop]))
         ]
         roles: list[Role] = ["row" for _ in said]
@@ -91,12 +93,11 @@ class Found:
     leaks: Matches
     near: Matches
     held_rows: Indices
-    offsets: Indices
 
     @property
     def rows(self) -> Flags:
         """The training rows that leak [N]."""
-        found = np.zeros(int(self.offsets[-1]), np.bool_)
+        found = np.zeros(len(self), np.bool_)
         found[self.leaks.row] = found[self.near.row] = True
         return found
 
@@ -119,14 +120,14 @@ class Found:
         return faults_of(shown, rows=len(first))
 
     def __len__(self) -> int:
-        return int(self.offsets[-1])
+        return int(self.gate.offsets[-1])
 
     def _where(self, row: int) -> str:
         if row >= len(self):
             return self.gate.evaluation[row - len(self)].where
-        chunk = int(np.searchsorted(self.offsets, row, side="right")) - 1
+        chunk = int(np.searchsorted(self.gate.offsets, row, side="right")) - 1
         (example,) = chunks.examples_of(
-            self.gate.tasks[chunk].path("arrow"), np.array([row - int(self.offsets[chunk])], np.int64)
+            self.gate.tasks[chunk].path("arrow"), np.array([row - int(self.gate.offsets[chunk])], np.int64)
         )
         return example.where
 

@@ -206,9 +206,8 @@ class _Preparation:
         if self.steps.leaks is None or signed is None:
             return none
         settings = self.steps.leaks
-        counts = np.bincount(rows.chunk, minlength=len(tasks))
         evaluation = [replace(task, text=self.as_rows_are(task.text)) for task in read_tasks(settings.tasks, self.base)]
-        gate = Gate(tasks, counts, signed, evaluation, self.store.cache / "leaks", self.each)
+        gate = Gate(tasks, rows.offsets(len(tasks)), signed, evaluation, self.store.cache / "leaks", self.each)
         found = gate.find(kept & ~held, kept & held)
         leaking = found.rows
         dropped = int(leaking.sum()) if settings.gate == "drop" else 0

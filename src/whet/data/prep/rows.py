@@ -34,6 +34,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.chunk)
 
+    def offsets(self, chunks: int) -> Indices:
+        """Where each of so many chunks begins, and the number of rows after them."""
+        found: Indices = np.searchsorted(self.chunk, np.arange(chunks + 1))
+        return found
+
     @classmethod
     def load(cls, tasks: Sequence[chunks.Task], steps: Steps) -> Rows:
         names = ["id", "characters", "group", "stratum", "held"]
@@ -77,7 +82,7 @@ class Duplicates:
 
 def places(chosen: Indices, rows: Rows, tasks: Sequence[chunks.Task]) -> list[str]:
     """file:line of each chosen row."""
-    starts = np.searchsorted(rows.chunk, np.arange(len(tasks)))
+    starts = rows.offsets(len(tasks))
     found = np.empty(len(chosen), object)
     for number in np.unique(rows.chunk[chosen]).tolist():
         mine = np.flatnonzero(rows.chunk[chosen] == number)

@@ -23,6 +23,7 @@ from whet.data.prep import chunks
 from whet.data.prep.steps import digest_of
 from whet.data.similar.duplicates import PLACES, Signatures, clusters, common_shingles, sign
 from whet.data.similar.words import Hashes, Indices
+from whet.files import whole_file
 
 VERSION = 1
 SAMPLE = 4096
@@ -120,7 +121,5 @@ def _sample(tasks: Sequence[chunks.Task]) -> list[str]:
 
 
 def _save(path: str, array: NDArray[Any]) -> None:
-    partial = f"{path}.{os.getpid()}"
-    with open(partial, "wb") as file:
+    with whole_file(Path(path)) as partial, open(partial, "wb") as file:
         np.save(file, array, allow_pickle=False)
-    os.replace(partial, path)

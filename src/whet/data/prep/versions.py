@@ -181,9 +181,9 @@ def digest_of_rows(steps: str, ids: Mapping[str, Iterable[bytes]]) -> str:
     return digest.hexdigest()
 
 
-def write_line(content: str, id: str, source: str, line: int) -> bytes:
-    """A row as its files hold it. content: an example's canonical JSON."""
-    row = {"id": id, "source": source, "line": line, **json.loads(content)}
+def write_line(content: Mapping[str, Any], id: str, source: str, line: int) -> bytes:
+    """A row as its files hold it. content: an example's, as it was kept."""
+    row = {"id": id, "source": source, "line": line, **content}
     try:
         return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8")
     except UnicodeEncodeError:  # half a surrogate pair in a tool call

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from whet.data.examples import spoken
+from whet.data.examples import example_of, spoken
 from whet.data.prep import chunks, versions
 from whet.data.prep.rows import Duplicates, Rows, places
 from whet.data.prep.versions import SIDES
@@ -55,8 +55,7 @@ def plan_parts(
     """A chunk's rows are in the order of their ids, so a part of it is a slice."""
     size = int(rows.characters[kept].sum())
     bits = max(0, (size - 1) // PART).bit_length()
-    counts = np.bincount(rows.chunk, minlength=len(tasks))
-    offsets = np.concatenate([[0], np.cumsum(counts)])
+    offsets = rows.offsets(len(tasks))
     parts = [Part(number, [], str(folder)) for number in range(1 << bits)]
     edges = np.array([number << (64 - bits) for number in range(1, 1 << bits)], np.uint64)
     for task, start, stop in zip(tasks, offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
@@ -86,10 +85,11 @@ def _write_side(part: Part, side: str, rows: Sequence[tuple[Any, str, int, str, 
     path, digest, said = Path(part.folder) / f"{side}-{part.number:05}.jsonl", hashlib.sha256(), []
     with open(path, "wb") as file:
         for id, source, line, content, _ in mine:
-            raw = versions.write_line(content, id.hex(), source, line)
+            values = json.loads(content)
+            raw = versions.write_line(values, id.hex(), source, line)
             digest.update(raw)
             file.write(raw)
-            said.append("\n".join(spoken(chunks.example_in(content))))
+            said.append("\n".join(spoken(example_of(values, source, line))))
     versions.synced(path)
     return {
         "name": path.name,
