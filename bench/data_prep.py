@@ -1,5 +1,7 @@
 """Preparing many short documents: read, clean, deduplicate, split and check for leaks; time and memory.
 
+What is made is then tokenized and packed; that has a time and a memory of its own ("ready").
+
     python bench/data_prep.py make OUT [--rows 1000000]      documents of about 1,000 characters, JSON lines
     python bench/data_prep.py whet OUT [--workers 2] --out bench/results/data_prep.jsonl
     python bench/data_prep.py plain OUT --limit 50000 --out bench/results/data_prep.jsonl
@@ -130,9 +132,28 @@ def whet(folder: Path, workers: int, keep: bool = False) -> dict[str, Any]:
         "steps_gib": {name: round(value, 2) for name, value in gib.items()}, "stages": manifest["stages"],
         "digest": manifest["digest"],
     }  # fmt: skip
+    result["ready"] = ready(version, folder / "ready", workers)
     if not keep:
         shutil.rmtree(store)
     return result
+
+
+def ready(version: Any, folder: Path, workers: int) -> dict[str, Any]:
+    """Tokenize the version with the built-in tokenizer and pack it into rows of 2,048."""
+    from whet.data.prep.engine import Local
+    from whet.data.prepare import prepare
+    from whet.models.load import load_tokenizer
+
+    folder.mkdir()
+    options = {"method": "sft", "max_length": 2048, "train_on": "all", "packing": True}
+    start = time.perf_counter()
+    with Memory() as memory:
+        summary = prepare(
+            version, load_tokenizer("builtin:tiny"), folder, engine=Local(workers), progress=lambda *_: None, **options
+        )
+    took = time.perf_counter() - start
+    shutil.rmtree(folder)
+    return {"seconds": round(took, 1), "memory_gib": round(memory.most, 3), **summary}
 
 
 def plain(folder: Path, limit: int) -> dict[str, Any]:

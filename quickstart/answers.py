@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from whet import FastLanguageModel
-from whet.data.prepare import read_questions
+from whet.data.prepare import questions as read_questions
 from whet.errors import WhetError
 from whet.evals.heldout import exact_match, generate
 from whet.export import llama_cpp
@@ -35,7 +35,7 @@ def main(run: Path) -> int:
         except WhetError as error:
             console.print(f"[yellow]llama.cpp was not run:[/] {error}")
             return 0
-    questions = read_questions(run / "data" / "questions.jsonl")
+    questions = read_questions(run / "data")
     prompts = [question.prompt for question in questions]
     model, tokenizer = FastLanguageModel.from_pretrained(str(run / "export" / "merged"), load_in_4bit=False)
     answers = {"whet": generate(model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS)}

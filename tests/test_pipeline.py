@@ -13,13 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import load_from_disk
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.road import COLOURS, CONVERSATIONS, Here, metrics, only_run, runs_in, write_recipe, write_rows
 from whet import pipeline
+from whet.data.prepare import rows
 from whet.models.load import BUILTIN
 from whet.recipe import load
 from whet.recipe_model import load_tuned
@@ -107,7 +107,7 @@ def test_preference_pairs_train_by_dpo(tmp_path: Path) -> None:
     assert [line["step"] for line in steps] == [1, 2]
     assert "rewards/margins" in steps[-1]
     told = json.loads((done.folder / "data" / "summary.json").read_text())
-    assert told["pairs"] == len(load_from_disk(str(done.folder / "data" / "train")))
+    assert told["pairs"] == len(rows(done.folder / "data", "train"))
     assert done.metrics("eval")
 
 

@@ -111,6 +111,7 @@ def _quiet_libraries() -> None:
     """One voice on the terminal: whet's own log through rich, the libraries' warnings and bars off."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # in worker processes too
     warnings.filterwarnings("ignore", category=FutureWarning)
     for name in ("bitsandbytes", "trl", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -13,13 +13,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from datasets import load_from_disk
 from rich.console import Console
 from rich.markup import escape
 
 from whet.data import fingerprint
 from whet.data.prep.versions import SHOWN, Version
-from whet.data.prepare import read_questions
+from whet.data.prepare import questions, rows
 from whet.data.template import Tokenized, preview
 from whet.errors import WhetError
 from whet.evals.heldout import compare
@@ -48,7 +47,7 @@ def run_recipe(recipe: Recipe, base: Path, root: Path, console: Console) -> Run:
         console.print(f"[bold]{recipe.name}[/] in {escape(str(run.folder))}", soft_wrap=True)
         if not (run.folder / "trained").exists():
             check_compute(recipe.model.compute)
-        _stage(run, console, "data", lambda folder: make_data(recipe, version, folder))
+        _stage(run, console, "data", lambda folder: make_data(recipe, version, folder, console))
         _stage(run, console, "trained", lambda folder: train(run, folder, console))
         if recipe.eval:
             _stage(run, console, "eval", lambda folder: evaluate(run, folder, console))
@@ -63,11 +62,10 @@ def dry_run(recipe: Recipe, base: Path, console: Console) -> None:
     check_export(recipe)
     tokenizer = tokenizer_of(recipe.model)
     with TemporaryDirectory() as folder:
-        prepared = prepare_data(recipe, tokenizer, version_of(recipe, base, Path(folder), console))
-    _show(console, "data", prepared.summary)
-    if recipe.train.method == "sft":
-        first = prepared.heldout[0]
-        console.print(preview(tokenizer, Tokenized(first["input_ids"], first["labels"], truncated=False)))
+        version = version_of(recipe, base, Path(folder), console)
+        _show(console, "data", prepare_data(recipe, tokenizer, version, Path(folder), console))
+        first = rows(Path(folder), "heldout")[0]
+    console.print(preview(tokenizer, Tokenized(first["input_ids"], first["labels"], truncated=False)))
     tokens = recipe.rows_per_step * recipe.model.max_seq_length
     console.print(f"[green]{'train':<8}[/]{recipe.train.method}, {tokens} tokens a step; nothing was written")
 
@@ -94,22 +92,21 @@ def _show(console: Console, name: str, summary: Summary, note: str = "") -> None
     console.print(f"[green]{name:<8}[/]{shown}{note}", soft_wrap=True)
 
 
-def make_data(recipe: Recipe, version: Version, folder: Path) -> Summary:
-    """Tokenize and pack: train/ and heldout/ (token ids), questions.jsonl (prompts and references)."""
+def make_data(recipe: Recipe, version: Version, folder: Path, console: Console) -> Summary:
+    """Tokenize and pack: train-*.arrow and heldout-*.arrow (token ids), questions-*.jsonl (prompts and references)."""
     tokenizer = tokenizer_of(recipe.model)
-    prepared = prepare_data(recipe, tokenizer, version)
-    prepared.save(folder)
+    summary = prepare_data(recipe, tokenizer, version, folder, console)
     fingerprint.keep(fingerprint.fingerprint(tokenizer), folder)
     for name in ("manifest.json", "card.html"):
         shutil.copyfile(version.folder / name, folder / name)
-    return {"version": version.digest[:SHOWN], **prepared.summary}
+    return {"version": version.digest[:SHOWN], **summary}
 
 
 def train(run: Run, folder: Path, console: Console) -> Summary:
     """Fine-tune on the run's rows: the adapter, or the whole model where there is none, and loss.png."""
     model, tokenizer = load_for_training(run.recipe)
     found = fingerprint.check(tokenizer, run.folder / "data", "the data was made with")
-    fit(model, tokenizer, load_from_disk(str(run.folder / "data" / "train")), run, console)
+    fit(model, tokenizer, rows(run.folder / "data", "train"), run, console)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     fingerprint.keep(found, folder)
@@ -129,8 +126,8 @@ def evaluate(run: Run, folder: Path, console: Console) -> Summary:
     comparison = compare(
         model,
         tokenizer,
-        load_from_disk(str(run.folder / "data" / "heldout")).to_list(),
-        read_questions(run.folder / "data" / "questions.jsonl")[: settings.limit if settings.exact_match else 0],
+        rows(run.folder / "data", "heldout"),
+        questions(run.folder / "data", settings.limit if settings.exact_match else 0),
         base=None if run.recipe.adapter else (lambda: load_base(run.recipe.model)[0]),
         max_new_tokens=settings.max_new_tokens,
         batch=settings.batch,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from whet import recipe as recipes
 from whet.data.clean import Clean
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
-    from whet.data.prepare import Prepared
-
 FOLDER = "data"
 """Under the runs: the versions of all data sets, by the recipe's name."""
 
@@ -35,19 +33,24 @@ def version_of(
         return prep(recipe.name, steps_of(recipe, base), base, runs / FOLDER, engine=work, progress=progress)
 
 
-def prepare_data(recipe: recipes.Recipe, tokenizer: PreTrainedTokenizerBase, version: Version) -> Prepared:
-    """Training rows, held-out rows and questions. Raises WhetError for what the data lacks."""
+def prepare_data(
+    recipe: recipes.Recipe, tokenizer: PreTrainedTokenizerBase, version: Version, folder: Path, console: Console
+) -> dict[str, Any]:
+    """Write training rows, held-out rows and questions to `folder`; counts to show. Raises WhetError."""
     from whet.data.prepare import prepare
 
-    return prepare(
-        list(version.examples("train")),
-        list(version.examples("eval")),
-        tokenizer,
-        method=recipe.train.method,
-        max_length=recipe.model.max_seq_length,
-        train_on=recipe.data.train_on,
-        packing=recipe.train.packing,
-    )
+    with _progress(console) as progress:
+        return prepare(
+            version,
+            tokenizer,
+            folder.absolute(),
+            method=recipe.train.method,
+            max_length=recipe.model.max_seq_length,
+            train_on=recipe.data.train_on,
+            packing=recipe.train.packing,
+            engine=engine(recipe.data.engine),
+            progress=progress,
+        )
 
 
 def steps_of(recipe: recipes.Recipe, base: Path) -> steps.Steps:

@@ -11,17 +11,15 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.data.conftest import CHAT, build_tokenizer, conversations, labelled_runs, named, written_by_model
 from whet.data.chat_formats import CHAT_FORMATS, find_format
-from whet.data.examples import Conversation, Example, Preference, Text
+from whet.data.examples import Conversation, Example
 from whet.data.template import (
-    IGNORE,
-    prepare_sft,
     preview,
     prompt_text,
     render,
     tokenize_conversation,
     tokenize_text,
 )
-from whet.errors import WhetError, WhetErrors
+from whet.errors import WhetError
 
 
 def with_template(template: str) -> PreTrainedTokenizerFast:
@@ -213,41 +211,6 @@ def test_raw_text_begins_with_one_first_token():
 
 def conversation(messages: list[dict[str, Any]], line: int = 1) -> Example:
     return Conversation(messages=messages, source="a.jsonl", line=line)
-
-
-def test_prepare_counts_what_it_cuts_and_drops():
-    tokenizer = named("chatml")
-    long_prompt = [{"role": "user", "content": "word " * 50}, CHAT[1]]
-    long_answer = [CHAT[0], {"role": "assistant", "content": "word " * 50}]
-    text = Text(text="plain text", source="a.txt", line=1)
-    examples = [conversation(CHAT), conversation(long_prompt), conversation(long_answer), text]
-    dataset, counts = prepare_sft(tokenizer, examples, max_length=40)
-    assert (counts.rows, counts.truncated, counts.all_masked) == (3, 1, 1)
-    assert dataset.column_names == ["input_ids", "labels"]
-    assert counts.tokens == sum(map(len, dataset["input_ids"]))
-    assert counts.label_tokens == sum(label != IGNORE for labels in dataset["labels"] for label in labels)
-    expected = tokenize_conversation(tokenizer, CHAT, max_length=40)
-    assert dataset[0] == {"input_ids": expected.input_ids, "labels": expected.labels}
-
-
-def test_all_rows_masked_is_an_error():
-    prompt = [{"role": "user", "content": "word " * 50}, CHAT[1]]
-    with pytest.raises(WhetError, match="not one of 2 rows has a label left after it is cut to 10 tokens"):
-        prepare_sft(named("chatml"), [conversation(prompt)] * 2, max_length=10)
-    with pytest.raises(WhetError, match="not one of 1 rows"):  # nothing predicts a first token
-        prepare_sft(named("chatml"), [Text(text="Hi", source="a.txt", line=1)], max_length=1)
-    with pytest.raises(WhetError, match="no examples"):
-        prepare_sft(named("chatml"), [], max_length=10)
-
-
-def test_prepare_names_every_row_that_fails():
-    tool = [CHAT[0], {"role": "tool", "content": "3"}, CHAT[1]]
-    pair = Preference(prompt=CHAT[:1], chosen=CHAT[1:2], rejected=CHAT[3:], source="p.jsonl", line=5)
-    with pytest.raises(WhetErrors) as caught:
-        prepare_sft(named("mistral"), [conversation(tool, 3), conversation(CHAT), pair], max_length=100)
-    assert [error.where for error in caught.value.errors] == ["a.jsonl:3", "p.jsonl:5"]
-    with pytest.raises(WhetError, match="no chat template"):
-        prepare_sft(build_tokenizer(), [conversation(CHAT)], max_length=100)
 
 
 def test_the_preview_dims_what_is_masked():

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from tests.road import prepared, write_recipe, write_rows
 from whet import pipeline
+from whet.data.prepare import rows
 from whet.errors import WhetError
 from whet.recipe import Recipe, load
 from whet.recipe_model import load_for_training
@@ -29,18 +30,16 @@ def recipe(tmp_path: Path) -> Recipe:
 
 
 def trained(recipe: Recipe, folder: Path, spoil: bool = False, console: Console | None = None) -> Run:
-    from datasets import load_from_disk
-
     version = prepared(recipe, folder)
     run = Run.open(recipe, folder, folder / "runs", version.digest)
     try:
-        run.stage("data", lambda staged: pipeline.make_data(recipe, version, staged))
+        run.stage("data", lambda staged: pipeline.make_data(recipe, version, staged, Console(quiet=True)))
         model, tokenizer = load_for_training(recipe)
         if spoil:
             with torch.no_grad():
                 next(p for p in model.parameters() if p.requires_grad).fill_(float("nan"))
-        rows = load_from_disk(str(run.folder / "data" / "train"))
-        fit(model, tokenizer, rows, run, console or Console(quiet=True))
+        to_train = rows(run.folder / "data", "train")
+        fit(model, tokenizer, to_train, run, console or Console(quiet=True))
     finally:
         run.close()
     return run

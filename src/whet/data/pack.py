@@ -13,14 +13,12 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from whet.errors import WhetError
 
-WINDOW = 10_000
-"""Documents fitted together. Enough to fill rows; few enough that any data set is packed in bounded memory."""
-
 
 def pack(dataset: Any, max_length: int) -> Any:
     """A data set with input_ids and labels [T <= max_length], and seq_lengths, the lengths of the documents in a row.
 
-    dataset: a datasets.Dataset with input_ids and labels. Raises WhetError when it is empty or a row is too long.
+    dataset: a datasets.Dataset with input_ids and labels, all of it fitted together.
+    Raises WhetError when it is empty or a row is too long.
     """
     from trl.data_utils import pack_dataset
 
@@ -34,9 +32,4 @@ def pack(dataset: Any, max_length: int) -> Any:
             where="max_length",
             fix=f"raise it to {longest}, or cut rows when they are tokenized",
         )
-    return pack_dataset(dataset, max_length, strategy="bfd", map_kwargs={"batch_size": WINDOW})
-
-
-def fill_fraction(packed: Any, max_length: int) -> float:
-    """The share of the rows' max_length tokens that hold documents, 0 to 1."""
-    return sum(map(sum, packed["seq_lengths"])) / (len(packed) * max_length)
+    return pack_dataset(dataset, max_length, strategy="bfd", map_kwargs={"batch_size": len(dataset)})

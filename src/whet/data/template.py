@@ -13,19 +13,15 @@ A token belongs to the turn in which its first character lies.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jinja2
-import numpy as np
-from datasets import Dataset, Features, Value  # type: ignore[import-untyped]
-from datasets import List as ListOf
 from rich.text import Text as RichText
 from transformers import PreTrainedTokenizerBase
 
 from whet.data.examples import Conversation, Example, Message, Text
-from whet.data.faults import Faults
 from whet.data.labels import IGNORE as IGNORE
 from whet.data.labels import Span, check_fast, first_characters, labels_in
 from whet.data.markers import mask_by_markers as mask_by_markers
@@ -44,17 +40,6 @@ class Tokenized:
     input_ids: list[int]
     labels: list[int]
     truncated: bool
-
-
-@dataclass(frozen=True)
-class Counts:
-    """rows, tokens, label_tokens: of the data set made. truncated: of its rows. all_masked: rows left out of it."""
-
-    rows: int
-    tokens: int
-    label_tokens: int
-    truncated: int
-    all_masked: int
 
 
 # ---------------------------------------------------------------- text
@@ -82,6 +67,16 @@ def prompt_text(
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     before = messages[: answers[-1]] if answers else messages
     return render(tokenizer, before, add_generation_prompt=True, tools=tools)
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises WhetError when the tokenizer has none."""
+    if not tokenizer.chat_template:
+        raise WhetError(
+            "the tokenizer has no chat template",
+            where="tokenizer",
+            fix='name one in the recipe (template: chatml), or call get_chat_template(tokenizer, "chatml")',
+        )
 
 
 # ---------------------------------------------------------------- tokens and labels
@@ -146,52 +141,6 @@ def tokenize(
     raise WhetError(
         "a preference pair is no example to imitate", fix="train with method: dpo, or use a format of conversations"
     )
-
-
-def prepare_sft(
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Iterable[Example],
-    *,
-    max_length: int,
-    train_on: TrainOn = "responses",
-) -> tuple[Any, Counts]:
-    """(data set with input_ids and labels, counts), the rows in the order of the examples.
-
-    Rows without a label left, as when the prompt alone fills `max_length`, are dropped and counted.
-    Raises WhetError for preference pairs, when there are no examples, and when no row has a label.
-    """
-    kept: list[Tokenized] = []
-    all_masked = 0
-    faults = Faults()
-    for example in examples:
-        if isinstance(example, Conversation):
-            _check_template(tokenizer)
-        try:
-            row = tokenize(tokenizer, example, max_length=max_length, train_on=train_on)
-        except WhetError as error:
-            where = f"{example.where}, {error.where}" if error.where else example.where
-            faults.add(WhetError(error.what, where=where, fix=error.fix))
-            continue
-        if any(label != IGNORE for label in row.labels[1:]):  # nothing predicts the first token
-            kept.append(row)
-        else:
-            all_masked += 1
-    faults.raise_if_any()
-    if not kept:
-        raise _nothing_to_learn(all_masked, max_length)
-    columns = {
-        "input_ids": [np.asarray(row.input_ids, dtype=np.int32) for row in kept],
-        "labels": [np.asarray(row.labels, dtype=np.int32) for row in kept],
-    }
-    counts = Counts(
-        rows=len(kept),
-        tokens=sum(len(row.input_ids) for row in kept),
-        label_tokens=sum(label != IGNORE for row in kept for label in row.labels),
-        truncated=sum(row.truncated for row in kept),
-        all_masked=all_masked,
-    )
-    features = Features({name: ListOf(Value("int32")) for name in columns})
-    return Dataset.from_dict(columns, features=features), counts
 
 
 def preview(tokenizer: PreTrainedTokenizerBase, tokenized: Tokenized) -> RichText:
@@ -285,7 +234,7 @@ def _tokenize_by_tags(
 
 
 def _has_generation_tag(tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None) -> bool:
-    _check_template(tokenizer)
+    check_template(tokenizer)
     code = re.sub(r"\{#.*?#\}", "", tokenizer.get_chat_template(tools=tools), flags=re.DOTALL)  # comments may name it
     return re.search(r"\{%[-+]?\s*generation\b", code) is not None
 
@@ -293,7 +242,7 @@ def _has_generation_tag(tokenizer: PreTrainedTokenizerBase, tools: list[Any] | N
 def _apply(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: list[Any] | None, **options: Any
 ) -> Any:
-    _check_template(tokenizer)
+    check_template(tokenizer)
     if not messages:
         raise WhetError("there are no messages to render", fix="begin the conversation with a user turn")
     try:
@@ -317,25 +266,6 @@ def _not_a_prefix(tokenizer: PreTrainedTokenizerBase, turn: int) -> WhetError:
         fix='learn from the last answer alone (train_on: "last"), name a template (template: chatml), '
         "or mark the answers in the template with {% generation %}",
     )
-
-
-def _nothing_to_learn(all_masked: int, max_length: int) -> WhetError:
-    if not all_masked:
-        return WhetError("there are no examples", where="data", fix="check the sources and the split")
-    return WhetError(
-        f"not one of {all_masked} rows has a label left after it is cut to {max_length} tokens",
-        where="data",
-        fix="raise max_seq_length, or shorten the prompts",
-    )
-
-
-def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    if not tokenizer.chat_template:
-        raise WhetError(
-            "the tokenizer has no chat template",
-            where="tokenizer",
-            fix='name one in the recipe (template: chatml), or call get_chat_template(tokenizer, "chatml")',
-        )
 
 
 def _check_train_on(train_on: str) -> None:

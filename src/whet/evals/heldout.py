@@ -24,6 +24,9 @@ from whet.files import write_text
 Model: TypeAlias = Any
 """A transformers model, or one in a PeftModel: torch types their attributes as tensors, so no stricter type holds."""
 
+Rows: TypeAlias = Sequence[dict[str, list[int]]]
+"""Each with input_ids and labels [T]: a list, or a datasets.Dataset whose rows stay on the disk."""
+
 LOGITS_AT_ONCE = 2**27
 """Logits held at a time, in numbers: half a GiB in fp32."""
 
@@ -56,7 +59,7 @@ class Comparison:
 def compare(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[dict[str, list[int]]],
+    rows: Rows,
     questions: Sequence[Question],
     *,
     base: Callable[[], Model] | None,
@@ -86,13 +89,11 @@ def compare(
 
 
 @torch.no_grad()
-def mean_loss(model: Model, rows: Iterable[dict[str, list[int]]]) -> float:
+def mean_loss(model: Model, rows: Rows) -> float:
     """Mean loss over the label tokens of `rows`, each with input_ids and labels (-100 carries no loss) [T]."""
     model.eval()
     total, count = 0.0, 0
-    for batch in _batches(
-        sorted(rows, key=lambda row: len(row["input_ids"])), model.config.get_text_config().vocab_size
-    ):
+    for batch in _batches(rows, model.config.get_text_config().vocab_size):
         width = max(len(row["input_ids"]) for row in batch)
         ids, labels, mask = (torch.full((len(batch), width), fill, device=model.device) for fill in (0, -100, 0))
         for i, row in enumerate(batch):
@@ -107,10 +108,11 @@ def mean_loss(model: Model, rows: Iterable[dict[str, list[int]]]) -> float:
     return total / count
 
 
-def _batches(rows: Sequence[dict[str, list[int]]], vocabulary: int) -> Iterable[list[dict[str, list[int]]]]:
-    """Rows of rising length, as many together as their logits allow."""
+def _batches(rows: Rows, vocabulary: int) -> Iterable[list[dict[str, list[int]]]]:
+    """Rows by rising length, as many together as their logits allow."""
+    lengths = [len(row["input_ids"]) for row in rows]
     batch: list[dict[str, list[int]]] = []
-    for row in rows:
+    for row in (rows[i] for i in sorted(range(len(rows)), key=lengths.__getitem__)):
         if batch and (len(batch) + 1) * len(row["input_ids"]) * vocabulary > LOGITS_AT_ONCE:
             yield batch
             batch = []

@@ -57,7 +57,7 @@ def made(folder: Path, steps: Steps = STEPS, root: Path | None = None, **options
 
 
 def said(version: Version, side: str) -> set[str]:
-    return {line["text"] for line in version.lines(side)}
+    return {example.text for example in version.examples(side)}
 
 
 def test_every_row_is_on_one_side_once(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_equal_and_nearly_equal_rows_are_one(tmp_path: Path) -> None:
     assert version.manifest["stages"]["dedup"]["near"] == 20
     listed = [json.loads(line) for line in (version.folder / "duplicates.jsonl").read_text().splitlines()]
     assert len(listed) == 40
-    left = {f"{line['source']}:{line['line']}" for side in ("train", "eval") for line in version.lines(side)}
+    left = {row.where for side in ("train", "eval") for row in version.examples(side)}
     for pair in listed:
         number = (int(pair["dropped"].partition(":")[2]) - 101) % 20
         assert int(pair["kept"].partition(":")[2]) - 1 in (number, 100 + number, 120 + number)
@@ -233,7 +233,7 @@ def test_leaks_planted_at_fifty_places_are_all_refused(tmp_path: Path) -> None:
         made(tmp_path, steps)
     version = made(tmp_path, replace(steps, leaks=Leaks("drop", ("tasks/t.jsonl",))))
     assert version.manifest["stages"]["leaks"]["dropped"] == 50
-    assert {line["line"] for line in version.lines("train")} == set(range(1, 451)) - places
+    assert {row.line for row in version.examples("train")} == set(range(1, 451)) - places
 
 
 def test_a_version_prepared_again_loses_and_changes_nothing(tmp_path: Path) -> None:

@@ -47,20 +47,16 @@ class Version:
         digest: str = self.manifest["digest"]
         return digest
 
-    def lines(self, side: str) -> Iterator[dict[str, Any]]:
-        for path in sorted(self.folder.glob(f"{side}-*.jsonl")):
-            with open(path, encoding="utf-8") as file:
-                yield from map(json.loads, file)
+    def parts(self, side: str) -> list[Path]:
+        """The files of a side's rows, train or eval, in order."""
+        return sorted(self.folder.glob(f"{side}-*.jsonl"))
 
     def examples(self, side: str) -> Iterator[Example]:
-        """side: train or eval."""
-        for line in self.lines(side):
-            del line["id"]
-            source, number = line.pop("source"), line.pop("line")
-            yield example_of(line, source, number)
+        for part in self.parts(side):
+            yield from read_part(part)
 
     def ids(self, side: str) -> set[str]:
-        return {line["id"] for line in self.lines(side)}
+        return {line["id"] for part in self.parts(side) for line in _lines(part)}
 
     def check(self) -> None:
         """Raises WhetError where a file is not what the manifest says."""
@@ -70,6 +66,19 @@ class Version:
                 what = "is missing" if not path.is_file() else "was changed after it was made"
                 fix = f"remove the folder {self.folder} and prepare the data again"
                 raise WhetError(f"{file['name']} {what}", where=str(path), fix=fix)
+
+
+def read_part(path: Path) -> Iterator[Example]:
+    """The rows of one of a version's files."""
+    for line in _lines(path):
+        del line["id"]
+        source, number = line.pop("source"), line.pop("line")
+        yield example_of(line, source, number)
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    with open(path, encoding="utf-8") as file:
+        yield from map(json.loads, file)
 
 
 @dataclass(frozen=True)
