@@ -47,8 +47,8 @@ class Piece:
     kind:         the reader: an extension as ".jsonl" or ".csv.gz", or "sql", "dataset" (a folder), "hub".
     source:       as in `Row`.
     paths:        files or folder to open, absolute; only a query has several.
-    start, stop:  the part that is read: bytes of JSON lines, row groups of Parquet, rows of a data set.
-                  None: to the end.
+    start, stop:  the part that is read: bytes of JSON lines or CSV (decompressed), row groups of Parquet, rows of a
+                  data set. None: to the end. Of CSV, the header is read too.
     line:         the number of the part's first line or row.
     url:          of a database, as the user gave it; holds credentials, so it is not shown.
     sha256, bytes: of the whole source; None where it was not looked at yet, see `chunks.py`.
@@ -115,10 +115,51 @@ def opened(piece: Piece) -> Iterator[BinaryIO]:
 
 def _decompressed(path: Path, ending: str) -> BinaryIO:
     if ending == ".gz":
-        return cast(BinaryIO, gzip.open(path))
+        return cast(BinaryIO, io.BufferedReader(_Forwards(gzip.open(path))))
     import pyarrow as pa  # type: ignore[import-untyped]
 
-    return cast(BinaryIO, io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")))
+    return cast(BinaryIO, io.BufferedReader(_Forwards(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))))
+
+
+class _Forwards(io.RawIOBase):
+    """What a decompressor gives; seeking forwards decompresses what lies between.
+
+    The decompressor is asked for the same number of bytes each time. With damage it gives none of the bytes that it was
+    asked for last, so rows before the damage would depend on who reads, and from where.
+    """
+
+    STEP = 8192  # bytes
+
+    def __init__(self, stream: Any):
+        self._stream, self._rest, self._position = stream, b"", 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        rest = self._rest or self._stream.read1(self.STEP)
+        size = min(len(buffer), len(rest))
+        buffer[:size], self._rest = rest[:size], rest[size:]
+        self._position += size
+        return size
+
+    def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
+        if whence != io.SEEK_SET or position < self._position:
+            raise io.UnsupportedOperation("seeks forwards from the start only")
+        skipped = bytearray(self.STEP)
+        while self._position < position and self.readinto(memoryview(skipped)[: position - self._position]):
+            pass
+        return self._position
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
 
 
 def lines(file: BinaryIO, piece: Piece) -> Iterator[tuple[int, bytes | WhetError]]:
