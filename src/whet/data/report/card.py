@@ -14,9 +14,10 @@ from typing import Any
 
 import jinja2
 
-from whet.data.report.pages import write_page
 from whet.data.report.statistics import NO_LANGUAGE, UNSURE, Stats
 from whet.errors import WhetError
+from whet.pages import write_page
+from whet.pages.numbers import count, percent, size_of
 
 Manifest = Mapping[str, Any]
 
@@ -94,6 +95,7 @@ class Chart:
     top: str
 
 
+TEMPLATE = Path(__file__).with_name("card.html.jinja")
 WIDTH, HEIGHT, FLOOR = 760, 210, 180
 
 
@@ -101,7 +103,7 @@ def write_card(manifest: Manifest, path: Path) -> None:
     """Write the card of the version that `manifest` describes, as one HTML file. Raises WhetError for a manifest that
     lacks a part."""
     try:
-        write_page(path, "card.html.jinja", title=f"Data card: {manifest['name']}", **_view(manifest))
+        write_page(path, TEMPLATE, title=f"Data card: {manifest['name']}", **_view(manifest))
     except (KeyError, TypeError, AttributeError, jinja2.UndefinedError) as error:
         raise WhetError(
             f"a part of the manifest is missing or of a wrong kind: {error}",
@@ -133,33 +135,6 @@ def _view(manifest: Manifest) -> dict[str, Any]:
         "percent": percent,
         "size_of": size_of,
     }
-
-
-# ---------------------------------------------------------------- numbers as people read them
-
-
-def count(number: int) -> str:
-    return f"{number:,}"
-
-
-def percent(part: float, whole: float) -> str:
-    """A share with one digit after the point, two below 1%; what is not nothing never reads as 0%."""
-    if not whole:
-        return "n/a"
-    share = 100 * part / whole
-    if 0 < share < 0.01:
-        return "< 0.01%"
-    if share > 99.9 and part != whole:
-        return "> 99.9%"
-    return f"{share:.2f}%" if 0 < share < 1 else f"{share:.1f}%"
-
-
-def size_of(number: int) -> str:
-    """Bytes in decimal units."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}" if number < 1000 * size else f"{number / size:,.0f} {unit}"
-    return f"{number} B"
 
 
 # ---------------------------------------------------------------- parts of the page

@@ -14,8 +14,10 @@ from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
 from whet.data.labels import IGNORE, check_fast
-from whet.data.report.pages import write_page
 from whet.data.template import Tokenized
+from whet.pages import write_page
+
+TEMPLATE = Path(__file__).with_name("preview.html.jinja")
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def preview_html(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Tokenized], 
         for row in rows
     ]
     name = Path(tokenizer.name_or_path).name
-    write_page(path, "preview.html.jinja", title="Rows as the model sees them", rows=shown, tokenizer=name)
+    write_page(path, TEMPLATE, title="Rows as the model sees them", rows=shown, tokenizer=name)
 
 
 def runs(tokenizer: PreTrainedTokenizerBase, row: Tokenized) -> Iterator[Run]:

@@ -1,4 +1,7 @@
-"""Web pages of one file: no scripts, nothing fetched, every value escaped. Templates and the style lie beside this."""
+"""Web pages of one file: no scripts, nothing fetched, every value escaped.
+
+The page's frame and its style lie beside this file; the template of a page lies beside the code that fills it in.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +16,19 @@ from whet.files import write_text
 FOLDER = Path(__file__).parent
 
 
-def write_page(path: Path, template: str, **values: Any) -> None:
-    """Fill in the template of that name and write it to `path` in one step.
+def write_page(path: Path, template: Path, **values: Any) -> None:
+    """Fill in the template and write it to `path` in one step. It extends page.html.jinja, which puts the style in.
 
     Jinja escapes every value, and the page's own policy forbids scripts and anything from elsewhere, should a template
     ever forget. A name that a template reads and `values` lacks raises jinja2.UndefinedError.
     """
-    write_text(path, _environment().get_template(template).render(values))
+    write_text(path, _environment(template.parent).get_template(template.name).render(values))
 
 
 @cache
-def _environment() -> jinja2.Environment:
+def _environment(folder: Path) -> jinja2.Environment:
     return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(FOLDER),
+        loader=jinja2.FileSystemLoader([folder, FOLDER]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
