@@ -121,3 +121,17 @@ def test_the_doctor_s_errors_are_its_exit_code(here: Here, folder: Path) -> None
     assert told.code == 2
     found = [finding for finding in json.loads(told.out) if finding["severity"] == "error"]
     assert any("rows.jsonl:1" in str(finding) for finding in found)
+
+
+def test_the_doctor_looks_for_the_questions_of_tasks(here: Here, folder: Path) -> None:
+    """Catches an option that is read and passed to nobody, and one that cannot be repeated."""
+    asked = CONVERSATIONS[4]["messages"][0]["content"]
+    for name, question in (("a.jsonl", "Who wrote the play that is about a prince of Denmark?"), ("b.jsonl", asked)):
+        (folder / name).write_text(json.dumps({"question": question, "answer": "x"}) + "\n", encoding="utf-8")
+    assert here("doctor", "data", "rows.jsonl", "--task", "a.jsonl", cwd=folder).code == 0
+    told = here("doctor", "data", "rows.jsonl", "--task", "a.jsonl", "--task", "b.jsonl", "--json", cwd=folder)
+    assert told.code == 2
+    (leak,) = (finding for finding in json.loads(told.out) if finding["severity"] == "error")
+    assert "rows.jsonl:5" in str(leak)
+    assert "b.jsonl:1" in str(leak)
+    assert "a.jsonl" in here("doctor", "data", "rows.jsonl", "--task", "gone/a.jsonl", cwd=folder).err

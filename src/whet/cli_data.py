@@ -142,6 +142,7 @@ def preview(
 def doctor_data(
     files: Annotated[list[str], typer.Argument(help="Files or globs of training rows, in any format whet reads.")],
     heldout: Annotated[list[str] | None, typer.Option("--eval", help="Files of held-out rows.")] = None,
+    tasks: Annotated[list[str] | None, typer.Option("--task", help="Files of evaluation tasks.")] = None,
     model: Annotated[str | None, typer.Option(help="Model whose template and tokenizer to check against.")] = None,
     max_length: Annotated[int | None, typer.Option(min=8, help="Longest row, in tokens.")] = None,
     show_text: Annotated[bool, typer.Option("--show", help="Show text of the rows.")] = False,
@@ -150,11 +151,13 @@ def doctor_data(
     """What is wrong with a data set: duplicates, leaks, foreign templates, odd answers, damage. Errors exit with 2."""
     from whet.data.doctor import examine, show, to_json
     from whet.data.formats import Source, load_examples
+    from whet.data.similar.tasks import read_tasks
     from whet.models.load import load_tokenizer
 
     train, held = (load_examples([Source(file) for file in names], base=Path()) for names in (files, heldout or []))
     tokenizer = load_tokenizer(model) if model else None
-    findings = examine(train, held, tokenizer, max_length=max_length, show_text=show_text)
+    asked = read_tasks(tasks or [], Path())
+    findings = examine(train, held, tokenizer, tasks=asked, max_length=max_length, show_text=show_text)
     if as_json:
         print(json.dumps(to_json(findings), indent=1))
     else:

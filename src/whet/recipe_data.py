@@ -77,7 +77,7 @@ def _redaction(redact: recipes.Redact, base: Path) -> steps.Redaction:
     policy = with_classes(load_policy(redact.policy, base), redact.classes)
     key = load_key(redact.key if redact.key.startswith("env:") else base / redact.key) if redact.key else None
     ner = str((base / redact.ner).resolve()) if redact.ner else None
-    return steps.Redaction(policy.name, policy.classes, key, ner, redact.vault)
+    return steps.Redaction(policy.name, policy.classes, key, ner, redact.vault, policy.regions)
 
 
 def _sources(sources: list[recipes.Source]) -> tuple[Source, ...]:

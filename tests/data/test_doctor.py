@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from tests.data.conftest import named
 from whet.data.chat_formats import CHAT_FORMATS
 from whet.data.doctor import Finding, Place, examine, show, to_json
 from whet.data.examples import Conversation, Example, Preference, Text
+from whet.data.similar.tasks import read_tasks
 from whet.data.template import render
 
 ROWS = 200
@@ -123,6 +125,24 @@ def test_leaks_are_errors_and_each_row_is_told_once():
     assert leaks == findings[: len(leaks)]
     assert found_in(leaks, "leaks (exact)").places == (Place(f"train.jsonl:{ROWS + 1}", f"as {copied.where}"),)
     assert found_in(leaks, "leaks (13-gram)").places == (Place(f"train.jsonl:{ROWS + 2}", f"as {quoted.where}"),)
+
+
+def test_rows_that_hold_a_task_s_question_are_leaks(tmp_path: Path):
+    """Catches a doctor that calls a set clean which holds the benchmark it will be measured by."""
+    train = clean_set(60, first=3)
+    asked, quoted = sorted((said(example)[1] for example in clean_set(first=4)), key=len)[-2:]
+    train.append(chat(asked.upper(), "I don't know.", 61))
+    train.append(chat("Tell me something of Python.", "I read: " + " ".join(quoted.split()[2:22]), 62))
+    train.append(chat("Is that so, in your opinion?", "yes", 63))
+    rows = [{"question": asked, "answer": "yes"}, {"question": quoted, "answer": "no"}]
+    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    tasks = read_tasks(["tasks.jsonl"], tmp_path)
+    heldout = clean_set(40, first=1, source="eval.jsonl")
+    for held in ((), heldout):
+        leaks = [finding for finding in examine(train, held, tasks=tasks) if finding.check.startswith("leaks")]
+        assert found_in(leaks, "leaks (exact)").places == (Place("train.jsonl:61", "as tasks.jsonl:1"),)
+        assert found_in(leaks, "leaks (13-gram)").places == (Place("train.jsonl:62", "as tasks.jsonl:2"),)
+    assert not [finding for finding in examine(train, heldout) if finding.check.startswith("leaks")]
 
 
 # ---------------------------------------------------------------- markup and tokens

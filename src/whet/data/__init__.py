@@ -2,7 +2,7 @@
 
     read/              files, folders, databases and data sets -> rows, each with its place
     formats.py         rows -> examples (conversation, text or preference), whatever the source's format
-    examples.py        what an example is; messages.py checks what it says
+    examples.py        what an example is; messages.py checks what it says, json_text.py reads values inside JSON
     clean.py           damaged and invisible characters, white space, HTML
     redact/            personal data: what is found, and what becomes of it
     similar/           duplicates, and training rows that hold evaluation text

@@ -1,16 +1,20 @@
 """What every source becomes: a conversation, a text or a preference pair, with where it came from and what it is.
 
 An example's `id` is a digest of its content alone, so equal content has one id in any file, order or machine.
+
+What a person may have written in it is a list of plain strings, its `fields`, which `with_texts` puts back changed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
+
+from whet.data.json_text import Change, Field, changed, changed_value
 
 Message = dict[str, Any]
 """{"role": system | user | assistant | tool, "content": str}, and what else a chat template reads: tool_calls, name."""
@@ -73,7 +77,9 @@ class Preference(Example):
 
 
 UNWRITTEN = {"role", "type", "id", "tool_call_id"}
-"""Keys of a message whose values are a program's, not a person's."""
+"""Keys of a message whose values are a program's, not a person's. Inside arguments they are a person's."""
+ARGUMENTS = "arguments"
+"""Key of what a tool is called with: an object, or the JSON of one in a string."""
 
 
 def example_of(content: Mapping[str, Any], source: str, line: int) -> Example:
@@ -85,32 +91,46 @@ def example_of(content: Mapping[str, Any], source: str, line: int) -> Example:
     return Conversation(**content, source=source, line=line)
 
 
+def fields(example: Example) -> list[Field]:
+    """Every text that a person may have written, in a fixed order: contents of messages, arguments of tool calls.
+
+    Of arguments, and of a text that is JSON as a whole, each value is a field of its own (json_text.py).
+    """
+    return [each for part in _parts(example) for message in part for each in _fields(message)]
+
+
 def texts(example: Example) -> list[str]:
-    """Every text that a person may have written, in a fixed order: contents of messages, arguments of tool calls."""
-    return [text for part in _parts(example) for message in part for text in _strings(message)]
+    """The texts of the example's `fields`."""
+    return [each.text for each in fields(example)]
 
 
 def with_texts(example: Example, new: Sequence[str]) -> Example:
-    """The example with `texts` replaced by as many new ones. What Parquet holds as dates stays."""
+    """The example with `texts` replaced by as many new ones. What Parquet holds as dates stays.
+
+    JSON in a string keeps every character but those of the values that changed; a number that changed is a string then.
+    """
     rest: Iterator[str] = iter(new)
-    changed = _rewritten(example, lambda _: next(rest))
+    rewritten = _rewritten(example, lambda _: next(rest))
     if next(rest, None) is not None:
         raise ValueError(f"{len(new)} texts are more than the example has")
-    return changed
+    return rewritten
 
 
 def spoken(example: Example) -> list[str]:
-    """What tells the example from others, message by message: all but the system's, which many share."""
+    """What tells the example from others, message by message: all but the system's, which many share.
+
+    Arguments are as they stand, with their keys and numbers: two calls may differ in nothing else.
+    """
     messages = (message for part in _parts(example) for message in part if message.get("role") != "system")
     return ["\n".join(_strings(message)) for message in messages]
 
 
-def _strings(message: Message) -> list[str]:
-    found: list[str] = []
+def _fields(message: Message) -> list[Field]:
+    found: list[Field] = []
 
-    def note(text: str) -> str:
-        found.append(text)
-        return text
+    def note(each: Field) -> str:
+        found.append(each)
+        return each.text
 
     _rewrite(message, note)
     return found
@@ -125,9 +145,9 @@ def _parts(example: Example) -> Iterator[Sequence[Message]]:
         yield [{"content": example.text}]
 
 
-def _rewritten(example: Example, change: Callable[[str], str]) -> Example:
+def _rewritten(example: Example, change: Change) -> Example:
     if isinstance(example, Text):
-        return replace(example, text=change(example.text))
+        return replace(example, text=changed(example.text, change))
     if isinstance(example, Conversation):
         return replace(example, messages=_rewrite(example.messages, change))
     if isinstance(example, Preference):
@@ -136,13 +156,33 @@ def _rewritten(example: Example, change: Callable[[str], str]) -> Example:
     raise TypeError(type(example).__name__)
 
 
-def _rewrite(value: Any, change: Callable[[str], str], key: str = "") -> Any:
+def _rewrite(value: Any, change: Change, key: str = "") -> Any:
     """`value` with every string in it changed, but for those that a program wrote: roles, ids, functions' names."""
+    if key == ARGUMENTS:
+        return changed_value(value, change)
     if isinstance(value, str):
-        return value if key in UNWRITTEN else change(value)
+        return value if key in UNWRITTEN else changed(value, change)
     if isinstance(value, list):
         return [_rewrite(item, change, key) for item in value]
     if isinstance(value, dict):
-        named = {"name"} if key == "function" else set()
-        return {name: item if name in named else _rewrite(item, change, name) for name, item in value.items()}
+        return {name: item if _is_name(name, key) else _rewrite(item, change, name) for name, item in value.items()}
     return value
+
+
+def _strings(value: Any, key: str = "") -> Iterator[str]:
+    """Those that `_rewrite` changes, as they stand."""
+    if isinstance(value, str):
+        if key not in UNWRITTEN:
+            yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item, key)
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            if not _is_name(name, key):
+                yield from _strings(item, ARGUMENTS if key == ARGUMENTS else name)
+
+
+def _is_name(name: str, key: str) -> bool:
+    """Whether `name` under `key` is that of a function."""
+    return name == "name" and key == "function"

@@ -1,74 +1,27 @@
 """Training and evaluation sides, by a keyed hash or by time.
 
-    side(example) = eval  if  blake2b(group, key=seed) < eval_fraction * 2**64
+    side(row) = eval  if  blake2b(group, key=seed) < share * 2**64
 
 A row's side rests on its own group and the seed alone, so rows that are added later move no old one, and all rows of a
 group (a customer, a document) stay together. The same holds for a split by time, where rows from a moment on are held
 out. A stratified split has the exact share in each stratum; the price is that rows at the border may move.
 
-`split` works on examples, the rest on arrays: N rows, hashes uint64 [N], held out bool [N].
+Arrays of N rows: hashes of groups uint64 [N], held out bool [N].
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
 from datetime import UTC, date, datetime
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from whet.data.examples import Example
 from whet.data.similar.duplicates import Flags, keepers
 from whet.data.similar.words import Indices
 from whet.errors import WhetError
-
-Key = Callable[[Example], Any]
-
-
-def split(
-    examples: Iterable[Example], eval_fraction: float, *, key: str | Key | None = None, seed: int = 0
-) -> tuple[list[Example], list[Example]]:
-    """(training examples, evaluation examples), each in the order given.
-
-    eval_fraction: between 0 and 1, of groups; the share of rows differs where groups differ in size.
-    key: what groups examples: a column's name, a function of the example giving a JSON value, or None: the example's
-        id, so that equal content stays together.
-    Raises WhetError when the fraction is out of range, an example lacks the column, or a side is empty.
-    """
-    threshold = _threshold(eval_fraction)
-    group_of = _key_function(key)
-    both: tuple[list[Example], list[Example]] = ([], [])
-    for example in examples:
-        both[hash_of(group_of(example), seed) < threshold].append(example)
-    for side, name in zip(both, ("training", "evaluation"), strict=True):
-        if not side:
-            raise WhetError(
-                f"all {sum(map(len, both))} examples fall on one side: none is left for {name}",
-                where="split",
-                fix="add rows, change split.eval, group by a finer column, or try another seed",
-            )
-    return both
-
-
-def _key_function(key: str | Key | None) -> Key:
-    if key is None:
-        return lambda example: example.id
-    if callable(key):
-        return key
-
-    def column(example: Example) -> Any:
-        if example.extra.get(key) is None:
-            raise WhetError(
-                f"no value in the column {key!r}, which groups the split",
-                where=example.where,
-                fix=f"fill it in, or group by another column: {', '.join(map(str, example.extra)) or 'none left'}",
-            )
-        return example.extra[key]
-
-    return column
 
 
 def hash_of(group: Any, seed: int) -> int:
@@ -86,11 +39,8 @@ def _threshold(fraction: float) -> int:
     return int(fraction * 2**64)
 
 
-# ---------------------------------------------------------------- on arrays
-
-
 def sides(hashes: NDArray[np.uint64], fraction: float) -> Flags:
-    """Which rows are held out, by the hashes of their groups: the same rows as `split` holds out."""
+    """Which rows are held out, by the hashes of their groups. Raises WhetError for a share that is none."""
     return hashes < np.uint64(_threshold(fraction))
 
 

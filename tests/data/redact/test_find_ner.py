@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from whet.data.redact.find import Finder
-from whet.data.redact.recognizers_ner import entity_of, load_ner
+from whet.data.redact.recognizers_ner import entity_of, name_model
 from whet.errors import WhetError
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "ruth", "quenby", "met", "ortiz", "in", "ulm", "."]
@@ -98,18 +98,60 @@ def test_a_spacy_folder(tmp_path):
     )
     nlp.to_disk(tmp_path / "model")
     finder = Finder(["PERSON", "LOCATION"], ner=tmp_path / "model")
+    assert finder.not_covered == {}
     assert found(finder, "Ruth Quenby of Acme in Ulm") == [("PERSON", "Ruth Quenby"), ("LOCATION", "Ulm")]
     assert finder.find(["", "Ulm"])[0] == []
 
 
+def test_what_a_model_covers_is_told_without_its_weights(classifier, tmp_path):
+    """Catches a model of gigabytes that is read in the parent process for one sentence of the data card."""
+    for file in classifier.iterdir():
+        if file.suffix == ".json":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    finder = Finder(["PERSON", "LOCATION"], ner=tmp_path)
+    assert finder.not_covered == {}
+    with pytest.raises(WhetError, match="cannot be read"):
+        finder.find(["Ruth"])
+
+
+@pytest.mark.parametrize(("label", "left"), [("B-PER", "LOCATION"), ("GPE", "PERSON")])
+def test_a_class_that_the_model_has_no_label_for_is_not_covered(label, left, tmp_path):
+    """Catches the card's "every class is covered" beside a model that knows people alone."""
+    config = {"architectures": ["BertForTokenClassification"], "id2label": {"0": "O", "1": label}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    finder = Finder(["PERSON", "LOCATION", "EMAIL"], ner=tmp_path)
+    assert list(finder.not_covered) == [left]
+    assert "the NER model has no label for it" in finder.not_covered[left]
+    assert finder.covered == {"PERSON", "LOCATION", "EMAIL"} - {left}
+
+
+def test_a_model_that_knows_neither_is_refused_with_its_labels(tmp_path):
+    """Catches labels that were never named: LABEL_1 would find nothing, in silence."""
+    config = {"architectures": ["BertForTokenClassification"], "id2label": {"0": "LABEL_0", "1": "LABEL_1"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WhetError, match="neither people nor places: LABEL_0, LABEL_1"):
+        Finder(["PERSON"], ner=tmp_path)
+
+
+def test_a_spacy_folder_of_another_component_covers_nothing(tmp_path):
+    """Catches labels of a tagger or a classifier taken for those of entities."""
+    spacy = pytest.importorskip("spacy")
+    nlp = spacy.blank("en")
+    nlp.add_pipe("textcat_multilabel").add_label("PERSON")
+    nlp.initialize()
+    nlp.to_disk(tmp_path)
+    with pytest.raises(WhetError, match="neither people nor places: none"):
+        name_model(tmp_path)
+
+
 def test_folders_without_a_model_are_refused(tmp_path):
     with pytest.raises(WhetError, match="does not exist"):
-        load_ner(tmp_path / "none")
+        name_model(tmp_path / "none")
     with pytest.raises(WhetError, match="no model for names"):
-        load_ner(tmp_path)
+        name_model(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
     with pytest.raises(WhetError, match="no model for names"):
-        load_ner(tmp_path)
+        name_model(tmp_path)
 
 
 def test_pickled_weights_are_refused(classifier, tmp_path):
@@ -119,7 +161,7 @@ def test_pickled_weights_are_refused(classifier, tmp_path):
             (tmp_path / file.name).write_bytes(file.read_bytes())
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(WhetError, match="cannot be read"):
-        load_ner(tmp_path)
+        name_model(tmp_path).load()
 
 
 @pytest.mark.parametrize(

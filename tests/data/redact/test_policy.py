@@ -9,6 +9,7 @@ import pytest
 
 from whet.data.redact.entities import ENTITIES
 from whet.data.redact.policy import BUILT_IN, FOLDER, load_policy, with_classes
+from whet.data.redact.regions import REGIONS
 from whet.errors import WhetError, WhetErrors
 
 
@@ -93,6 +94,37 @@ def test_faults_of_the_extended_file_are_told_too(tmp_path: Path):
     written(tmp_path, "name: base\nclasses: {SSN: hide}\n", "base.yaml")
     name = written(tmp_path, "name: ours\nextends: base.yaml\nclasses: {EMAIL: hide}\n")
     assert sorted(Path(str(e.where).split(":")[0]).name for e in faults(name, tmp_path)) == ["base.yaml", "ours.yaml"]
+
+
+def test_regions_are_the_file_s_own_or_those_of_what_it_extends(tmp_path: Path):
+    written(tmp_path, "name: base\nclasses: {PHONE: mask}\nregions: [CH, AT]\n", "base.yaml")
+    name = written(tmp_path, "name: ours\nextends: base.yaml\n")
+    assert load_policy(name, tmp_path).regions == ("CH", "AT")
+    assert with_classes(load_policy(name, tmp_path), {"SSN": "drop"}).regions == ("CH", "AT")
+    name = written(tmp_path, "name: ours\nextends: base.yaml\nregions: [US]\n")
+    assert load_policy(name, tmp_path).regions == ("US",)
+    assert load_policy("gdpr-basic", tmp_path).regions == REGIONS
+
+
+@pytest.mark.parametrize(
+    ("regions", "what", "fix"),
+    [
+        ("[US, UK]", "'UK' is no region", 'write "GB"; there are AC, AD, '),
+        ("[us]", "'us' is no region", 'write "US"'),
+        ("[Germany]", "'Germany' is no region", "there are AC, AD, "),
+        ("[NO, SE]", "False is no region", 'write "NO"'),
+        ("US", "a list of countries", "regions: [US, DE]"),
+        ("[]", "a list of countries", "regions: [US, DE]"),
+        ("[[US]]", "is no region", "there are"),
+    ],
+)
+def test_what_is_no_region_is_refused_with_those_there_are(regions: str, what: str, fix: str, tmp_path: Path):
+    """Catches a bare NO, which YAML reads as false, and the UK, whose code is GB."""
+    text = f"name: ours\nclasses: {{PHONE: mask}}\nregions: {regions}\n"
+    (error,) = faults(written(tmp_path, text), tmp_path)
+    assert what in error.what
+    assert fix in str(error.fix)
+    assert str(error.where).endswith("ours.yaml:3: regions")
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])

@@ -271,6 +271,23 @@ def test_the_finder_leaves_replacements_alone(redactors: dict[Mode, Redactor], t
     assert restore(row.texts, row.originals) == texts
 
 
+def test_a_policy_s_regions_decide_whose_numbers_are_read():
+    text = "wir sagen 044 668 18 00"
+    for regions, new in ((("CH",), "wir sagen [PHONE]"), (("US",), text)):
+        redactor = Redactor(Policy(name="test", classes={"PHONE": "placeholder"}, regions=regions))
+        assert redactor.row([text]).texts == [new]
+
+
+def test_a_label_says_what_a_text_is_and_stays():
+    """Catches values of JSON that are looked at without their keys, and offsets that count the label."""
+    redactor = Redactor(every_class("placeholder"))
+    assert redactor.row(["77-A12345", "x 77-A12345"], [None, None]).texts == ["77-A12345", "x 77-A12345"]
+    assert redactor.row(["77-A12345", "x 77-A12345"], ["mrn", None]).texts == ["[MRN]", "x [MRN]"]
+    assert redactor.row(["Ann Lee"], ["patientName"]).texts == ["[PERSON]"]
+    row = redactor.row(["hello"], ["ann@example.org"])
+    assert (row.texts, row.counts) == (["hello"], {})
+
+
 def test_what_is_not_covered_is_told():
     """Catches a report that is silent about names when there is no model for them."""
     assert "PERSON" in Redactor(every_class("placeholder")).not_covered

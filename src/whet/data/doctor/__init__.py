@@ -1,6 +1,6 @@
 """Examines a ready-made set of examples for what most often ruins a fine-tune, and says what to do about it.
 
-    repeats.py     exact and near duplicates; leaks between training and evaluation
+    repeats.py     exact and near duplicates; leaks of evaluation rows and tasks into training
     markup.py      marks of a chat template inside the texts
     tokens.py      with a tokenizer: rows that are cut or refused, special tokens in texts, a doubled first token
     answers.py     near-constant and contradicting answers, refusals, copied questions, rare and misspelled labels
@@ -26,6 +26,7 @@ from whet.data.doctor.markup import find_markup
 from whet.data.doctor.repeats import find_repeats
 from whet.data.doctor.rows import Row
 from whet.data.examples import Example
+from whet.data.similar.tasks import TaskText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,12 +39,14 @@ def examine(
     eval_examples: Sequence[Example] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
+    tasks: Sequence[TaskText] = (),
     max_length: int | None = None,
     show_text: bool = False,
 ) -> list[Finding]:
     """What is wrong with the examples, the gravest first.
 
     eval_examples: held out; the training examples are searched for them.
+    tasks: texts of evaluation tasks (`similar.tasks.read_tasks`), searched for too.
     tokenizer, max_length: also check what the tokenizer and its template make of the rows, cut at that many tokens.
     show_text: each place holds an excerpt of the row's text.
     """
@@ -51,13 +54,17 @@ def examine(
     heldout = [Row(example, show_text) for example in eval_examples]
     if not rows:
         return []
-    return in_order(chain.from_iterable(_checks(rows, heldout, tokenizer, max_length)))
+    return in_order(chain.from_iterable(_checks(rows, heldout, tasks, tokenizer, max_length)))
 
 
 def _checks(
-    rows: Sequence[Row], heldout: Sequence[Row], tokenizer: PreTrainedTokenizerBase | None, max_length: int | None
+    rows: Sequence[Row],
+    heldout: Sequence[Row],
+    tasks: Sequence[TaskText],
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_length: int | None,
 ) -> Iterator[Iterator[Finding]]:
-    yield find_repeats(rows, heldout)
+    yield find_repeats(rows, heldout, tasks)
     if tokenizer is not None:
         from whet.data.doctor.tokens import find_in_tokens  # loads transformers
 

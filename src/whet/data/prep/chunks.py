@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from whet.data.clean import Clean, clean
-from whet.data.examples import Example, example_of, texts, with_texts
+from whet.data.examples import Example, example_of, fields, texts, with_texts
 from whet.data.faults import Faults
 from whet.data.formats import format_of, normalise
 from whet.data.prep.steps import Redaction, Steps, digest_of, fingerprint
@@ -32,7 +32,7 @@ from whet.data.split import hash_of, is_late
 from whet.errors import WhetError, WhetErrors
 from whet.files import refused_when_full, whole_file, write_text
 
-VERSION = 1
+VERSION = 2
 """Of what this step does. Raised when equal input would come out otherwise than before."""
 BATCH = 1024
 ID_BYTES = 16
@@ -183,9 +183,10 @@ class _Maker:
         how: Clean | None = self.steps.clean
         if how is None:
             return example
-        before = texts(example)
-        after = [clean(text, how) for text in before]
-        if after == before:
+        said = fields(example)
+        inside = replace(how, whitespace=False)  # a separator, a patch: space that a program reads
+        after = [clean(text, how if label is None else inside) for text, label in said]
+        if all(new == text for new, (text, _) in zip(after, said, strict=True)):
             return example
         self.counts["cleaned"] += 1
         return with_texts(example, after)
@@ -194,7 +195,8 @@ class _Maker:
         """The example without personal data; None where its policy drops it."""
         if self.steps.redact is None:
             return replace(example, extra={})
-        row = redactor(self.steps.redact).row(texts(example))
+        said = fields(example)
+        row = redactor(self.steps.redact).row([text for text, _ in said], [label for _, label in said])
         self.found.update(row.counts)
         if row.dropped:
             self.counts["dropped"] += 1
@@ -229,9 +231,9 @@ def redactor(how: Redaction) -> Any:
     from whet.data.redact.policy import Policy
     from whet.data.redact.redactor import Redactor
 
-    name = digest_of([how.policy, dict(how.classes), fingerprint(how.key), how.ner, how.vault])
+    name = digest_of([how.policy, dict(how.classes), fingerprint(how.key), how.ner, how.vault, how.regions])
     if name not in _redactors:
-        policy = Policy(name=how.policy, classes=dict(how.classes))
+        policy = Policy(name=how.policy, classes=dict(how.classes), regions=how.regions)
         _redactors[name] = Redactor(policy, key=how.key, ner=how.ner, keep_originals=how.vault)
     return _redactors[name]
 

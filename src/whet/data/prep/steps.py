@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from whet.data.clean import Clean
 from whet.data.formats import Source
+from whet.data.redact.regions import REGIONS
 
 Gate = Literal["refuse", "drop", "warn"]
 
@@ -18,7 +19,7 @@ Gate = Literal["refuse", "drop", "warn"]
 class Redaction:
     """policy, classes: its name, and class -> mode. key: of pseudonyms and vault. ner: a local model's folder.
 
-    vault: keep the originals, encrypted.
+    vault: keep the originals, encrypted. regions: as in a policy.
     """
 
     policy: str
@@ -26,6 +27,7 @@ class Redaction:
     key: bytes | None = field(default=None, repr=False)
     ner: str | None = None
     vault: bool = False
+    regions: tuple[str, ...] = REGIONS
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
     entities.py     the classes
     find.py         texts of a row -> spans
+    regions.py      whose national phone numbers are read
     policy.py       which class is treated how; policies/ holds the built-in ones
     redactor.py     a row of texts -> the row without the values; `Redactor` is what the data steps call
     replace.py      the modes; pseudonyms.py makes substitutes, marks.py what a vault finds them by

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from whet.data.redact import (
@@ -28,7 +29,8 @@ from whet.data.redact import (
 from whet.data.redact.entities import ENTITIES
 from whet.data.redact.recognizers import ByWord, Document, Recognizer, Span, resolve
 from whet.data.redact.recognizers_names import UNSURE, again
-from whet.data.redact.recognizers_ner import load_ner
+from whet.data.redact.recognizers_ner import Ner, name_model
+from whet.data.redact.regions import REGIONS
 from whet.errors import WhetError
 
 __all__ = ["Finder", "Span"]
@@ -47,9 +49,10 @@ MODULES = (
 ALSO = {"PHONE": ("FAX",), "ADDRESS": ("LOCATION",)}
 PARTLY = {
     "PERSON": "only after titles, greetings and labels, in signatures and mail headers, and the same names elsewhere "
-    "in the row; no NER model was given",
-    "LOCATION": 'only US cities before their state ("Springfield, IL") and towns in addresses; no NER model was given',
+    "in the row",
+    "LOCATION": 'only US cities before their state ("Springfield, IL") and towns in addresses',
 }
+"""Classes that need a model, and what is found of them without."""
 
 
 class Finder:
@@ -58,7 +61,7 @@ class Finder:
     ner:     a folder with a transformers token classifier, GLiNER or a spaCy pipeline, for names and places.
     regions: countries whose national phone numbers are read.
     covered: the classes found by form, by label or by the model; not_covered: class -> why it is not, or not fully.
-    Raises WhetError for an unknown class or region, or a folder without a model.
+    Raises WhetError for an unknown class or region, or a folder without a model; `find` for weights that can't be read.
     """
 
     covered: frozenset[str]
@@ -69,7 +72,7 @@ class Finder:
         entities: Collection[str],
         *,
         ner: str | Path | None = None,
-        regions: Sequence[str] = ("US", "GB", "DE", "FR", "ES"),
+        regions: Sequence[str] = REGIONS,
     ) -> None:
         self.entities = frozenset(entities)
         for name in sorted(self.entities - ENTITIES.keys()):
@@ -78,9 +81,18 @@ class Finder:
             raise WhetError(f"{name!r} is no class of data", where="entities", fix=fix)
         self._recognizers = [rule for rule in self._all_recognizers(regions) if self._wanted(rule)]
         self._by_word = ByWord([rule for module in MODULES for rule in module.BY_WORD if self._wanted(rule)])
-        self._ner = load_ner(ner) if ner is not None and self.entities & PARTLY.keys() else None
-        self.not_covered = {} if self._ner else {name: PARTLY[name] for name in PARTLY if name in self.entities}
+        self._model = name_model(ner) if ner is not None and self.entities & PARTLY.keys() else None
+        known = self._model.entities if self._model else frozenset[str]()
+        why = "the NER model has no label for it" if self._model else "no NER model was given"
+        self.not_covered = {
+            name: f"{partly}; {why}" for name, partly in PARTLY.items() if name in self.entities - known
+        }
         self.covered = self.entities - self.not_covered.keys()
+
+    @cached_property
+    def _ner(self) -> Ner | None:
+        """Read when the first texts are: whoever asks for `not_covered` alone needs no weights."""
+        return self._model.load() if self._model else None
 
     def find(self, texts: Sequence[str]) -> list[list[Span]]:
         """The spans of each text, sorted by start, none overlapping; offsets in characters of the text as given."""

@@ -4,6 +4,7 @@
     description: Safe Harbor, but e-mail addresses keep apart who wrote.
     extends: hipaa-safe-harbor        # a built-in policy, or a file beside this one
     classes: {EMAIL: pseudonym}       # these come on top; `keep` stops looking for a class
+    regions: [US, CA]                 # whose national phone numbers are read, in place of the extended policy's
 
 Every fault of a file and of those that it extends is reported at once, with file, line and key.
 """
@@ -21,6 +22,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from whet.data.redact.entities import ENTITIES
+from whet.data.redact.regions import REGIONS, check_regions
 from whet.data.redact.replace import Mode
 from whet.errors import WhetError, WhetErrors
 
@@ -30,7 +32,7 @@ MODES: tuple[str, ...] = get_args(Mode)
 
 
 class Policy(BaseModel):
-    """What `load_policy` gives: `classes` holds those of the extended policy too."""
+    """What `load_policy` gives: `classes` holds those of the extended policy too, `regions` its own or that one's."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -38,6 +40,7 @@ class Policy(BaseModel):
     description: str = Field("", description="One sentence saying what it is for.")
     extends: str | None = Field(None, description="A built-in policy or a file, whose classes come first.")
     classes: dict[str, Mode] = Field(default_factory=dict, description="Class -> mode.")
+    regions: tuple[str, ...] = Field(REGIONS, description="Countries whose national phone numbers are read.")
 
 
 def load_policy(name_or_path: str, base: Path) -> Policy:
@@ -111,12 +114,18 @@ class _Reading:
         texts = {key: self._text(document, key) for key in ("name", "description", "extends")}
         if texts["name"] is None:
             self._fault("a policy has a name", document.where("name"), f"name: {document.path.stem}")
-        classes = self._classes(document)
+        classes, regions = self._classes(document), self._regions(document)
         if extends := texts["extends"]:
             extended = self.policy(extends, document.path.parent, document.where("extends"))
-            classes = {**(extended.classes if extended else {}), **classes}
-        name, description = texts["name"] or document.path.stem, texts["description"] or ""
-        return Policy(name=name, description=description, extends=extends, classes=classes)
+            if extended:
+                classes, regions = {**extended.classes, **classes}, regions or extended.regions
+        return Policy(
+            name=texts["name"] or document.path.stem,
+            description=texts["description"] or "",
+            extends=extends,
+            classes=classes,
+            regions=regions or REGIONS,
+        )
 
     def _text(self, document: _Document, key: str) -> str | None:
         value = document.values.get(key)
@@ -133,6 +142,18 @@ class _Reading:
             self._fault("this is a mapping of classes to modes", document.where("classes"), "EMAIL: placeholder")
             return {}
         return _sound(given, lambda entity: document.where("classes", entity), self.faults)
+
+    def _regions(self, document: _Document) -> tuple[str, ...] | None:
+        """None where the file names none, or is at fault."""
+        given, where = document.values.get("regions"), document.where("regions")
+        if given is None:
+            return None
+        if not isinstance(given, list) or not given:
+            self._fault("this is a list of countries", where, "regions: [US, DE]")
+            return None
+        faults = check_regions(given, where)
+        self.faults += faults
+        return None if faults else tuple(given)
 
     def _fault(self, what: str, where: str, fix: str) -> None:
         self.faults.append(WhetError(what, where=where, fix=fix))

@@ -29,6 +29,16 @@ class Span(NamedTuple):
     score: float
 
 
+def within(text: str, start: int, end: int, entity: str, score: float) -> Span:
+    """A model's span: within the text, without blanks at its ends; at most 0.8, so that check digits and forms win."""
+    start, end = max(0, start), min(len(text), end)
+    while start < end and text[start].isspace():
+        start += 1
+    while end > start and text[end - 1].isspace():
+        end -= 1
+    return Span(start, end, entity, min(score, 0.8))
+
+
 def _folding() -> dict[int, str]:
     """Single characters to their lower-case ASCII look-alike; only one for one, so that offsets stay."""
     table = {}

@@ -6,12 +6,15 @@ Nothing is fetched, no code that came with the model runs, and weights are read 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from configparser import ConfigParser
+from configparser import Error as ConfigParserError
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from whet.data.redact.recognizers import Span
+from whet.data.redact import recognizers_gliner
+from whet.data.redact.recognizers import Span, within
 from whet.errors import WhetError
 
 Ner = Callable[[Sequence[str]], list[list[Span]]]
@@ -23,21 +26,38 @@ LABELS = {
     "loc": "LOCATION", "location": "LOCATION", "gpe": "LOCATION", "fac": "LOCATION", "city": "LOCATION",
     "place": "LOCATION",
 }  # fmt: skip
-GLINER_LABELS = ("person", "location")
-BATCH = 16
+RECOGNIZING = ("ner", "beam_ner", "entity_ruler", "span_ruler")
+"""spaCy's components that set `Doc.ents`."""
 
 
-def load_ner(folder: str | Path) -> Ner:
-    """The model in `folder`, on the CPU. Raises WhetError when the folder holds none of the three kinds."""
+@dataclass(frozen=True)
+class NameModel:
+    """A model as its folder's configuration describes it. entities: what its labels stand for, PERSON or LOCATION."""
+
+    path: Path
+    entities: frozenset[str]
+    read: Callable[[Path], Ner]
+
+    def load(self) -> Ner:
+        """With its weights, on the CPU. Raises WhetError where they cannot be read."""
+        return self.read(self.path)
+
+
+def name_model(folder: str | Path) -> NameModel:
+    """The model in `folder`; its weights are not read.
+
+    Raises WhetError when the folder holds none of the three kinds, or a model for neither names nor places.
+    """
     path = Path(folder)
     if not path.is_dir():
         raise WhetError("this folder does not exist", where=str(path), fix="give the folder of a model you downloaded")
-    if (path / "gliner_config.json").is_file():
-        return _gliner(path)
+    if (path / recognizers_gliner.CONFIG).is_file():
+        return NameModel(path, frozenset(recognizers_gliner.LABELS.values()), recognizers_gliner.Gliner)
     if (path / "meta.json").is_file() and (path / "config.cfg").is_file():
-        return _spacy(path)
-    if (path / "config.json").is_file() and _is_token_classifier(path):
-        return _transformers(path)
+        return NameModel(path, _entities(_spacy_labels(path), path), _spacy)
+    config = _json(path / "config.json")
+    if any("TokenClassification" in str(name) for name in config.get("architectures") or ()):
+        return NameModel(path, _entities((config.get("id2label") or {}).values(), path), _transformers)
     raise WhetError(
         "no model for names is here: neither a transformers token classifier, nor GLiNER, nor spaCy",
         where=str(path),
@@ -51,12 +71,39 @@ def entity_of(label: str) -> str | None:
     return LABELS.get(bare[2:] if bare[1:2] in ("-", "_") else bare)
 
 
-def _is_token_classifier(path: Path) -> bool:
+def _entities(labels: Iterable[Any], path: Path) -> frozenset[str]:
+    labels = sorted(map(str, labels))
+    found = frozenset(entity for label in labels if (entity := entity_of(label)))
+    if not found:
+        shown = ", ".join(labels[:10]) or "none"
+        fix = "give another model, or name its labels in its configuration: B-PER, I-PER, B-LOC, I-LOC"
+        raise WhetError(f"the model's labels say neither people nor places: {shown}", where=str(path), fix=fix)
+    return found
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Of a file that may be missing or no JSON object: an empty one then."""
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError):
-        return False
-    return any("TokenClassification" in str(name) for name in config.get("architectures") or ())
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _spacy_labels(path: Path) -> list[str]:
+    """Those of the components that recognise entities; config.cfg says of each component what it is."""
+    config = ConfigParser(interpolation=None, strict=False)
+    try:
+        config.read_string((path / "config.cfg").read_text(encoding="utf-8"))
+    except (ConfigParserError, ValueError, OSError):
+        return []
+    labels = _json(path / "meta.json").get("labels") or {}
+    return [
+        str(label)
+        for component, names in labels.items()
+        if config.get(f"components.{component}", "factory", fallback="").strip('"') in RECOGNIZING
+        for label in names
+    ]
 
 
 def _transformers(path: Path) -> Ner:
@@ -89,7 +136,7 @@ def _transformers(path: Path) -> Ner:
         for index, found in zip(asked, classify([texts[index] for index in asked]) if asked else (), strict=True):
             labelled = ((entity_of(str(item["entity_group"])), item) for item in found)
             spans[index] = [
-                _span(texts[index], int(item["start"]), int(item["end"]), entity, float(item["score"]))
+                within(texts[index], int(item["start"]), int(item["end"]), entity, float(item["score"]))
                 for entity, item in labelled
                 if entity is not None
             ]
@@ -113,7 +160,7 @@ def _spacy(path: Path) -> Ner:
         for text, document in zip(texts, nlp.pipe(_short(texts, nlp.max_length)), strict=True):
             labelled = ((entity_of(item.label_), item) for item in document.ents)
             spans.append(
-                [_span(text, item.start_char, item.end_char, entity, 0.8) for entity, item in labelled if entity]
+                [within(text, item.start_char, item.end_char, entity, 0.8) for entity, item in labelled if entity]
             )
         return spans
 
@@ -123,45 +170,3 @@ def _spacy(path: Path) -> Ner:
 def _short(texts: Sequence[str], longest: int) -> list[str]:
     """spaCy refuses texts over a length; the rules still read all of them."""
     return [text[:longest] for text in texts]
-
-
-def _gliner(path: Path) -> Ner:
-    try:
-        from gliner import GLiNER  # type: ignore[import-not-found, unused-ignore]
-    except ModuleNotFoundError as error:
-        raise WhetError("reading this model needs GLiNER", where=str(path), fix="pip install gliner") from error
-    previous = os.environ.get("HF_HUB_OFFLINE")
-    os.environ["HF_HUB_OFFLINE"] = "1"  # its loader asks the hub for the encoder's configuration otherwise
-    try:
-        model: Any = GLiNER.from_pretrained(str(path), local_files_only=True)
-    finally:
-        if previous is None:
-            del os.environ["HF_HUB_OFFLINE"]
-        else:
-            os.environ["HF_HUB_OFFLINE"] = previous
-
-    def find(texts: Sequence[str]) -> list[list[Span]]:
-        spans = []
-        for text in texts:
-            found = model.predict_entities(text, list(GLINER_LABELS), threshold=0.5) if text.strip() else []
-            labelled = ((entity_of(str(item["label"])), item) for item in found)
-            spans.append(
-                [
-                    _span(text, int(item["start"]), int(item["end"]), entity, float(item["score"]))
-                    for entity, item in labelled
-                    if entity
-                ]
-            )
-        return spans
-
-    return find
-
-
-def _span(text: str, start: int, end: int, entity: str, score: float) -> Span:
-    """Within the text and without blanks at its ends; at most 0.8, so that check digits and forms win."""
-    start, end = max(0, start), min(len(text), end)
-    while start < end and text[start].isspace():
-        start += 1
-    while end > start and text[end - 1].isspace():
-        end -= 1
-    return Span(start, end, entity, min(score, 0.8))

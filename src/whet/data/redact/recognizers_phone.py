@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 from whet.data.redact.recognizers import OTHER_BEFORE, OTHER_NUMBER, Document, Span
-from whet.errors import WhetError
+from whet.data.redact.regions import check_regions
 
 CANDIDATE = re.compile(
     r"(?<![0-9a-z.\-/_#=@+$])(?<![0-9][ ,])(?:\+|00|\(\+?|[0-9])(?:[ \-./()]{0,3}[0-9]){5,15}(?![0-9]|[\-./][0-9]{4})"
@@ -49,16 +49,9 @@ class Phones:
     entity = "PHONE"
 
     def __init__(self, regions: Sequence[str]):
-        try:
-            import phonenumbers
-        except ModuleNotFoundError as error:
-            fix = 'pip install "whet[redact]"'
-            raise WhetError("finding phone numbers needs phonenumbers", where="PHONE", fix=fix) from error
         self._regions = tuple(regions)
-        for region in self._regions:
-            if region not in phonenumbers.SUPPORTED_REGIONS:
-                fix = "use two-letter country codes: US, GB, DE"
-                raise WhetError(f"{region!r} is no region of phone numbers", where="regions", fix=fix)
+        for fault in check_regions(regions, "regions"):
+            raise fault
 
     def find(self, document: Document) -> Iterator[Span]:
         if not document.has_digit:

@@ -7,6 +7,7 @@ the finder had no label to go by.
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,8 @@ REPEATED_FROM = 4
 """Characters from which on a value's repetitions are looked for, and leftovers beside a replacement are a value."""
 INSIDE_WORDS_FROM = 6
 """Characters from which on a value with a digit is also replaced inside a longer word."""
+
+CAMEL = re.compile("(?<=[a-z])(?=[A-Z])")
 
 Places = list[tuple[int, int]]
 """(start, end) of places in a text, sorted and apart."""
@@ -75,7 +78,7 @@ class Redactor:
         ask for. Raises WhetError when a key is needed and there is none."""
         modes = {entity: mode for entity, mode in policy.classes.items() if mode != "keep"}
         self._replacer = Replacer(modes, key=key, marks=keep_originals)
-        self._finder: Finds = finder if finder is not None else Finder(modes, ner=ner)
+        self._finder: Finds = finder if finder is not None else Finder(modes, ner=ner, regions=policy.regions)
         self._drops = frozenset(entity for entity, mode in modes.items() if mode == "drop")
         self._classes = frozenset(modes)
         self._keep_originals = keep_originals
@@ -85,12 +88,14 @@ class Redactor:
         """Class -> why it is found in part or not at all."""
         return dict(self._finder.not_covered)
 
-    def row(self, texts: Sequence[str]) -> RedactedRow:
-        """Redact the texts of one row together."""
+    def row(self, texts: Sequence[str], labels: Sequence[str | None] | None = None) -> RedactedRow:
+        """Redact the texts of one row together. labels: of each text, what stands before it, such as its key in JSON;
+        what is there says what the text is, and stays."""
         texts, counts, originals = list(texts), Counter[str](), dict[str, str]()
+        before = [_label(label) for label in labels or [None] * len(texts)]
         known = [replaced(text) for text in texts]
         for _ in range(PASSES):
-            edits = self._edits(texts, known)
+            edits = self._edits(texts, known, before)
             counts.update(edit.entity for part in edits for edit in part)
             if not self._drops.isdisjoint(counts):
                 return RedactedRow([], dict(sorted(counts.items())), dropped=True)
@@ -98,10 +103,10 @@ class Redactor:
                 break
             for i, part in enumerate(edits):
                 if part:
-                    before = texts[i]
-                    part, texts[i], known[i] = self._applied(before, part)
+                    text = texts[i]
+                    part, texts[i], known[i] = self._applied(text, part)
                     if self._keep_originals:
-                        originals.update((edit.new, before[edit.start : edit.end]) for edit in part)
+                        originals.update((edit.new, text[edit.start : edit.end]) for edit in part)
         return RedactedRow(texts, dict(sorted(counts.items())), originals=originals)
 
     def _applied(self, text: str, edits: list[Edit]) -> tuple[list[Edit], str, Places]:
@@ -126,9 +131,9 @@ class Redactor:
         after, _ = _edited(text, edits)
         return edits, after, replaced(after)
 
-    def _edits(self, texts: Sequence[str], known: Sequence[Places]) -> list[list[Edit]]:
-        """What one pass replaces, for each text. known: where replacements stand already."""
-        found = self._finder.find([_hidden(text, spans) for text, spans in zip(texts, known, strict=True)])
+    def _edits(self, texts: Sequence[str], known: Sequence[Places], before: Sequence[str]) -> list[list[Edit]]:
+        """What one pass replaces, for each text. known: where replacements stand already. before: see `row`."""
+        found = self._find(texts, known, before)
         if not any(found):
             return [[] for _ in texts]
         edits = [list(self._found(*each)) for each in zip(texts, found, known, strict=True)]
@@ -143,6 +148,20 @@ class Redactor:
         longest_first = [(value, values[value]) for value in sorted(values, key=len, reverse=True)]
         return [_with_repeats(*each, longest_first) for each in zip(texts, edits, known, strict=True)]
 
+    def _find(self, texts: Sequence[str], known: Sequence[Places], before: Sequence[str]) -> list[list[Span]]:
+        """The finder's spans in the texts. It sees what is before each, and no replacement."""
+        seen = [label + _hidden(text, spans) for label, text, spans in zip(before, texts, known, strict=True)]
+        return [
+            [
+                span._replace(start=max(span.start - len(label), 0), end=span.end - len(label))
+                for span in spans
+                if span.end > len(label)
+            ]
+            if label
+            else spans
+            for label, spans in zip(before, self._finder.find(seen), strict=True)
+        ]
+
     def _found(self, text: str, spans: Sequence[Span], known: Places) -> Iterator[Edit]:
         """An edit for each span of the policy's classes, and for what sticks out where one lies on a replacement."""
         for span in spans:
@@ -152,6 +171,11 @@ class Redactor:
                 new = self._replacer.replacement(span.entity, text[start:end])
                 if new != text[start:end] or span.entity in self._drops:
                     yield Edit(start, end, span.entity, new)
+
+
+def _label(key: str | None) -> str:
+    """A key as people write labels: "patientName" -> "patient Name: "."""
+    return CAMEL.sub(" ", key) + ": " if key else ""
 
 
 def _hidden(text: str, known: Places) -> str:

@@ -232,30 +232,6 @@ def keepers(labels: Indices, characters: Indices, ids: NDArray[np.uint64]) -> Fl
     return kept
 
 
-@dataclass(frozen=True)
-class Summary:
-    """exact, near: rows beyond the first of each text, and texts beyond the first of each cluster.
-
-    clusters: those of two rows and more; largest: rows in the largest.
-    """
-
-    exact: int
-    near: int
-    clusters: int
-    largest: int
-
-
-def summarise(signatures: Signatures, labels: Indices) -> Summary:
-    _, rows = _distinct(signatures.exact)
-    sizes = np.bincount(labels) if len(labels) else np.zeros(0, np.int64)
-    return Summary(
-        exact=len(labels) - len(rows),
-        near=len(rows) - len(sizes),
-        clusters=int((sizes > 1).sum()),
-        largest=int(sizes.max(initial=0)),
-    )
-
-
 def _distinct(exact: NDArray[np.uint64]) -> tuple[Indices, Indices]:
     """(number of each row's text [N], a row of each text [U]), the texts in the order of their hashes."""
     order = np.lexsort((exact[:, 1], exact[:, 0]))
