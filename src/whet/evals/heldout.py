@@ -16,9 +16,12 @@ from typing import Any, TypeAlias
 import torch
 from rich.console import Console
 from torch.nn.functional import cross_entropy
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from whet.data.prepare import Question
+from whet.evals import generation
+from whet.evals.generation import Generation
+from whet.evals.undisturbed import undisturbed
 from whet.files import write_text
 
 Model: TypeAlias = Any
@@ -88,10 +91,13 @@ def compare(
     return Comparison(questions, scores, answers, len(rows))
 
 
-@torch.no_grad()
 def mean_loss(model: Model, rows: Rows) -> float:
     """Mean loss over the label tokens of `rows`, each with input_ids and labels (-100 carries no loss) [T]."""
-    model.eval()
+    with undisturbed(model):
+        return _mean_loss(model, rows)
+
+
+def _mean_loss(model: Model, rows: Rows) -> float:
     total, count = 0.0, 0
     for batch in _batches(rows, model.config.get_text_config().vocab_size):
         width = max(len(row["input_ids"]) for row in batch)
@@ -121,7 +127,6 @@ def _batches(rows: Rows, vocabulary: int) -> Iterable[list[dict[str, list[int]]]
         yield batch
 
 
-@torch.no_grad()
 def generate(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
@@ -131,33 +136,9 @@ def generate(
     batch: int = 16,
 ) -> list[str]:
     """The greedy answer to each prompt (rendered text), without special tokens, white space at the ends cut."""
-    model.eval()
-    ends = model.generation_config.eos_token_id
-    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
-    config = GenerationConfig(  # type: ignore[no-untyped-call]
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(ends),
-        pad_token_id=tokenizer.pad_token_id,
-        use_cache=True,
-    )
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers = [""] * len(prompts)
-    for start in range(0, len(order), batch):
-        chosen = order[start : start + batch]
-        inputs = tokenizer(
-            [prompts[i] for i in chosen],
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-            add_special_tokens=False,
-            return_token_type_ids=False,
-        ).to(model.device)
-        out = model.generate(**inputs, generation_config=config)
-        texts = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for i, text in zip(chosen, texts, strict=True):
-            answers[i] = text.strip()
-    return answers
+    ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    with undisturbed(model):
+        return generation.generate(model, tokenizer, ids, Generation(max_new_tokens), batch=batch)
 
 
 def exact_match(answers: Sequence[str], references: Sequence[str]) -> float:
