@@ -14,8 +14,9 @@ import yaml
 from tests.road import write_recipe, write_rows
 from whet.errors import WhetError
 from whet.recipe import load
+from whet.runs.environment import PACKAGES, needed
 from whet.runs.plots import plot_loss
-from whet.runs.store import PACKAGES, Run, input_digests
+from whet.runs.store import Run, input_digests
 
 
 @pytest.fixture
@@ -57,6 +58,12 @@ def test_what_is_recorded(run: Run, folder: Path) -> None:
     assert set(facts["versions"]) == {"python", *PACKAGES}
     assert facts["hardware"]["cpus"] >= 1
     assert facts["git"] is None
+    assert facts["seeds"]["training"] == 3407
+    assert facts["base"] == str(folder)
+    assert len(facts["code"]) == 64
+    lock = facts["lock"]
+    assert {"torch", "pytest", "pyyaml"} <= lock.keys(), "all that is installed, by its canonical name"
+    assert lock["torch"] == facts["versions"]["torch"]
     resolved = yaml.safe_load((run.folder / "recipe.yaml").read_text())
     assert resolved["train"]["weight_decay"] == 0.0
 
@@ -71,6 +78,7 @@ def test_the_git_state_is_recorded(folder: Path) -> None:
     state = json.loads((run.folder / "run.json").read_text())["git"]
     assert len(state["commit"]) == 40
     assert state["changed"] is True
+    assert state["diff"] is not None
 
 
 def test_a_second_process_is_refused_and_a_later_one_let_in(folder: Path) -> None:
@@ -150,3 +158,17 @@ def test_plot_loss(tmp_path: Path, steps: int) -> None:
     lines: list[dict[str, Any]] = [{"step": i + 1, "loss": 1 / (i + 1)} for i in range(steps)]
     plot_loss(lines, tmp_path / "loss.png", title="a_b $x$ [c]")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_only_what_whet_needs_decides_a_reproduction() -> None:
+    """Catches a reproduction refused for the sake of a test runner, and one that a package of a package spoils."""
+    found = needed()
+    assert {"torch", "transformers", "safetensors", "numpy", "markupsafe"} <= found
+    assert not {"pytest", "ruff", "matplotlib", "hypothesis"} & found
+
+
+def test_damaged_facts_are_told(run: Run) -> None:
+    """Catches a traceback where a run that was cut short is gone on with."""
+    (run.folder / "run.json").write_text("{")
+    with pytest.raises(WhetError, match="it is damaged"):
+        run.record("memory", {})

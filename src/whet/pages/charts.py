@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
 
 from markupsafe import Markup
@@ -92,7 +92,7 @@ def line_chart(
 
     label: what it shows, for those who can't see it. show: a value in words. zero: the axis begins at 0.
     """
-    series = [Series(s.name, thinned(s.points), s.colour, s.faint, s.band) for s in series]
+    series = [replace(s, points=thinned(_above_zero(s.points) if log else s.points)) for s in series]
     axes = _axes(series, log, zero)
     if axes is None:
         return None
@@ -104,6 +104,11 @@ def line_chart(
     ]
     svg = '<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">\n{}\n</svg>'
     return Markup(svg).format(f"{WIDTH:g}", f"{HEIGHT:g}", label, Markup("\n").join(parts))
+
+
+def _above_zero(points: Sequence[Point]) -> list[Point]:
+    """The points, with gaps in the place of those that a logarithmic axis has no place for."""
+    return [(x, y if y > 0 else math.nan) for x, y in points]
 
 
 def spans_decades(values: Iterable[float], ratio: float = 30.0) -> bool:
@@ -164,9 +169,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 def _axes(series: Sequence[Series], log: bool, zero: bool) -> Axes | None:
     points = [(x, y) for s in series for x, y in s.points if math.isfinite(y)]
     points += [(x, y) for s in series for x, *ends in s.band for y in ends]
-    if log:
-        points = [(x, y) for x, y in points if y > 0]
-    if not points:
+    if not points or (log and min(y for _, y in points) <= 0):  # the end of a band may be below 0
         return None
     xs, ys = [x for x, _ in points], [y for _, y in points]
     low, high = min(ys), max(ys)
@@ -188,7 +191,7 @@ def _grid(axes: Axes, x_label: str, show: Callable[[float], str]) -> list[Markup
     for value in log_ticks(axes.y_low, axes.y_high) if axes.log else ticks(axes.y_low, axes.y_high):
         y = axes.y(value)
         parts += [line.format(LEFT, right, y, y), text.format(LEFT - 6, y + 4, "end", show(value))]
-    for value in ticks(axes.x_low, axes.x_high, 6):
+    for value in filter(float.is_integer, ticks(axes.x_low, axes.x_high, 6)):  # x counts steps, or tokens
         x = axes.x(value)
         anchor = "end" if x > right - 12 else "middle"
         parts += [line.format(x, x, floor, floor + 4), text.format(x, floor + 15, anchor, compact(value))]
@@ -249,6 +252,11 @@ def _at(points: Sequence[Point], x: float) -> Point | None:
     return min(points[max(0, i - 1) : i + 1], key=lambda point: abs(point[0] - x))
 
 
+def _shortened(name: str, most: int = 26) -> str:
+    """A name that fits into a note; its end stays, by which runs of one recipe differ."""
+    return name if len(name) <= most else "…" + name[1 - most :]
+
+
 def _note(
     axes: Axes,
     x: float,
@@ -257,7 +265,7 @@ def _note(
     x_label: str,
     show: Callable[[float], str],
 ) -> Markup:
-    rows = [(f"{s.name} {show(y)}", s.colour) for s, (_, y) in values]
+    rows = [(f"{_shortened(s.name)} {show(y)}", s.colour) for s, (_, y) in values]
     title = f"{x_label.rpartition(' ')[2]} {compact(x)}"
     wide = 6.3 * max(len(text) for text in [title, *(text for text, _ in rows)]) + 20
     at = axes.x(x)
