@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from tests.road import prepared, write_recipe, write_rows
-from whet import pipeline
+from whet import stages
 from whet.data.prepare import rows
 from whet.errors import WhetError
 from whet.recipe import Recipe, load
@@ -33,7 +33,7 @@ def trained(recipe: Recipe, folder: Path, spoil: bool = False, console: Console 
     version = prepared(recipe, folder)
     run = Run.open(recipe, folder, folder / "runs", version.digest)
     try:
-        run.stage("data", lambda staged: pipeline.make_data(recipe, version, staged, Console(quiet=True)))
+        run.stage("data", lambda staged: stages.make_data(recipe, version, staged, Console(quiet=True)))
         model, tokenizer = load_for_training(recipe)
         if spoil:
             with torch.no_grad():

@@ -4,24 +4,52 @@ from __future__ import annotations
 
 import math
 import signal
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from whet.errors import WhetError
+from whet.runs.live import LiveView
+from whet.runs.memory import memory
 from whet.runs.store import Run
 from whet.train.checkpoint import seal
 
 LOGGED = ("loss", "learning_rate", "grad_norm", "epoch", "mean_token_accuracy", "entropy", "num_tokens")
 
 
-class Metrics(TrainerCallback):
+class StepTimes(TrainerCallback):
+    """Knows how long a step took: from the end of the step before, but without a checkpoint written in between."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._tokens = 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        if self._since is None:
+            self._since = time.perf_counter()
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        self._since = None  # and what callbacks do with a checkpoint is over when the next step begins
+
+    def measure(self, logs: Mapping[str, float]) -> dict[str, float]:
+        """seconds and, where they are counted, tokens of the step that `logs` tells of. Nothing waits for the GPU."""
+        now, seen = time.perf_counter(), logs.get("num_tokens", 0.0)
+        values = {} if self._since is None else {"seconds": round(now - self._since, 4)}
+        if seen > self._tokens:
+            values["tokens"] = seen - self._tokens
+        self._since, self._tokens = now, seen
+        return values
+
+
+class Metrics(StepTimes):
     """Writes each step's numbers to the run, and stops when the loss is no number any more."""
 
     def __init__(self, run: Run):
+        super().__init__()
         self.run = run
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, float] | None = None, **kwargs: Any):
@@ -34,7 +62,8 @@ class Metrics(TrainerCallback):
                 where=str(self.run.folder),
                 fix="lower train.learning_rate; the last good checkpoint stands",
             )
-        self.run.log(stage="train", step=state.global_step, **values)
+        measured = self.measure(logs)
+        self.run.log(stage="train", step=state.global_step, **values, **measured, memory=memory().used)
 
 
 class Seals(TrainerCallback):
@@ -67,32 +96,28 @@ class OrderlyStop(TrainerCallback):
         return control
 
 
-class Bar(TrainerCallback):
-    """A progress bar with the loss; on anything but a terminal, a line every tenth of the way."""
+class Bar(StepTimes):
+    """The live view of a terminal; on anything else, a line every tenth of the way."""
 
     def __init__(self, console: Console):
+        super().__init__()
         self.console = console
-        columns = (
-            TextColumn("  training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[loss]}"),
-            TimeRemainingColumn(),
-        )
-        self.progress = Progress(*columns, console=console, transient=True)
+        self.view = LiveView(console)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.task = self.progress.add_task("", total=state.max_steps, completed=state.global_step, loss="")
         if self.console.is_terminal:
-            self.progress.start()
+            self.view.start(state.max_steps, state.global_step)
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, float] | None = None, **kwargs: Any):
         if not logs or "loss" not in logs:
             return
-        self.progress.update(self.task, completed=state.global_step, loss=f"loss {logs['loss']:.4f}")
+        if self.console.is_terminal:
+            values = {name: logs.get(name) for name in ("learning_rate", "grad_norm")}
+            self.view.step(state.global_step, logs["loss"], **self.measure(logs), **values)
+            return
         every = max(1, state.max_steps // 10)
-        if not self.console.is_terminal and (state.global_step % every == 0 or state.global_step == state.max_steps):
+        if state.global_step % every == 0 or state.global_step == state.max_steps:
             self.console.print(f"  step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}")
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self.progress.stop()
+        self.view.stop()
