@@ -21,10 +21,11 @@ from whet.recipe import Recipe
 from whet.recipe_data import FOLDER, version_of
 
 COLOURS = ("red", "green", "blue")
+QUESTION = "Which colour has number {}?"
 CONVERSATIONS = [
     {
         "messages": [
-            {"role": "user", "content": f"Which colour has number {i}?"},
+            {"role": "user", "content": QUESTION.format(i)},
             {"role": "assistant", "content": COLOURS[i % 3]},
         ]
     }
@@ -131,7 +132,7 @@ def only_run(root: Path) -> Path:
 
 def runs_in(root: Path) -> list[Path]:
     """The runs' folders; the prepared data lies beside them."""
-    return [path for path in root.iterdir() if path.name != FOLDER]
+    return [path for path in root.iterdir() if path.is_dir() and path.name != FOLDER]
 
 
 def prepared(recipe: Recipe, base: Path) -> Version:

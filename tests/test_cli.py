@@ -31,12 +31,13 @@ def test_help_names_every_verb(here: Here, tmp_path: Path) -> None:
     assert told.code == 0
     assert {command.name or command.callback.__name__ for command in cli.app.registered_commands} == {
         "prep",
+        "eval",
         "run",
         "schema",
         "exec",
         "version",
     }
-    for verb in ("prep", "run", "schema", "exec", "version", "data", "doctor"):
+    for verb in ("prep", "run", "schema", "exec", "version", "data", "doctor", "eval", "runs", "judge", "ab"):
         assert f" {verb} " in told.out
 
 
@@ -66,7 +67,7 @@ def test_ctrl_c_outside_of_training_says_how_to_go_on(
 ) -> None:
     """Catches a bare "Aborted!", and a hint that leaves out where the runs lie."""
 
-    def interrupted(*arguments: object) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     write_rows(tmp_path / "rows.jsonl")

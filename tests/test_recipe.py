@@ -23,8 +23,8 @@ from whet.errors import WhetError, WhetErrors
 from whet.models.fused import shared_of
 from whet.recipe import Recipe, load
 from whet.recipe_docs import json_schema
-from whet.recipe_faults import section_of
 from whet.recipe_model import load_base, load_for_training
+from whet.yaml_faults import section_of
 
 ROOT = Path(__file__).parents[1]
 

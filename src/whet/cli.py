@@ -1,15 +1,14 @@
 """The command line: thin verbs over the library, and the one place where errors become messages and exit codes.
 
-Exit codes: 0 done; 2 the user's input is at fault; 130 stopped by Ctrl-C; 1 a bug in whet, with its traceback.
+Exit codes: 0 done; 2 the user's input is at fault; 130 stopped by Ctrl-C; 1 a no: the gate's, or that of `runs diff`,
+`runs reproduce`, `runs verify` and `doctor run`; also a bug in whet, with its traceback.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +16,10 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.markup import escape
 
-from whet import cli_data
+from whet import cli_ab, cli_data, cli_doctor, cli_eval, cli_judge, cli_report, cli_runs
+from whet.cli_quiet import quiet_libraries
 from whet.errors import WhetError, WhetErrors
 
 app = typer.Typer(
@@ -32,12 +31,25 @@ app = typer.Typer(
 app.command()(cli_data.prep)
 app.add_typer(cli_data.data, name="data")
 app.add_typer(cli_data.doctor, name="doctor")
+app.command("eval")(cli_eval.evaluate)
+app.add_typer(cli_runs.runs, name="runs")
+for verb in (cli_report.report, cli_report.compare, cli_report.track):
+    cli_runs.runs.command()(verb)
+cli_data.doctor.command("run")(cli_doctor.doctor_run)
+app.add_typer(cli_judge.judge, name="judge")
+app.add_typer(cli_ab.ab, name="ab")
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
 
 def main() -> None:
     """The `whet` command."""
+    for name, off in {
+        "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "WANDB_ERROR_REPORTING": "false",
+    }.items():
+        os.environ.setdefault(name, off)  # before the libraries are imported that would report what is done
     with _messages():
         app(standalone_mode=True)
 
@@ -47,23 +59,27 @@ def run(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the recipe and its data; train nothing.")] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Train on a tenth first, and stop if that fails.")] = False,
 ) -> None:
     """Do all that a recipe says: data, training, evaluation, export. Run it again to go on where it stopped."""
     from whet.recipe import load
 
     checked = load(recipe)
     try:
-        _quiet_libraries()
+        quiet_libraries()
         from whet import pipeline
 
         if dry_run:
             pipeline.dry_run(checked, recipe.parent, console)
             return
-        done = pipeline.run_recipe(checked, recipe.parent, runs, console)
+        done = pipeline.run_recipe(checked, recipe.parent, runs, console, smoke=smoke)
     except KeyboardInterrupt as stop:
         command = f"whet run {recipe}" + ("" if runs == Path("runs") else f" --runs {runs}")
         errors.print(f"{escape(str(stop) or 'stopped')}; to go on: {escape(command)}", soft_wrap=True)
         raise typer.Exit(130) from None
+    except pipeline.Refused as refusal:
+        errors.print(f"[red]not exported:[/] {escape(str(refusal))}", soft_wrap=True)
+        raise typer.Exit(1) from None
     console.print(f"[bold]done[/] {escape(str(done.folder))}", soft_wrap=True)
 
 
@@ -105,24 +121,6 @@ def _messages() -> Iterator[None]:
             if fault.fix:
                 errors.print(f"  [green]fix[/] {escape(fault.fix)}", soft_wrap=True)
         sys.exit(2)
-
-
-def _quiet_libraries() -> None:
-    """One voice on the terminal: whet's own log through rich, the libraries' warnings and bars off."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # in worker processes too
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    for name in ("bitsandbytes", "trl", "accelerate"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    import datasets
-    import transformers
-
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    handler = RichHandler(console=errors, show_time=False, show_path=False)
-    logging.getLogger("whet").addHandler(handler)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,12 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from whet.errors import WhetError, WhetErrors
-from whet.recipe_faults import Document, explain, read_yaml
+from whet.evals.gate_rules import Rules
 from whet.units import parse_memory
+from whet.yaml_faults import Document, Kind, explain, read_yaml
 
 Format = Literal["auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text", "preference"]
+RECIPE = Kind("recipe", "`name:`, `model:` and `data:`", "`whet schema` prints every key")
 GGUFType = Literal["f32", "f16", "bf16", "q8_0", "q4_k_m"]
 
 
@@ -176,6 +178,11 @@ class Data(Part):
     )
 
 
+class EarlyStop(Part):
+    patience: int = Field(3, ge=1, description="Checkpoints in a row without a lower held-out loss.")
+    min_gain: float = Field(0.002, ge=0, lt=1, description="Share by which a loss must be lower to count as lower.")
+
+
 class Train(Part):
     method: Literal["sft", "dpo"] = Field(
         "sft", description="Supervised fine-tuning, or direct preference optimization."
@@ -194,6 +201,12 @@ class Train(Part):
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm.")
     beta: float = Field(0.1, gt=0, description="DPO: strength of the pull towards the base model.")
+    early_stop: EarlyStop | None = Field(
+        None, description="Measure the held-out loss at checkpoints, stop when it rises, and keep the best checkpoint."
+    )
+    on_nan: Literal["back-off", "stop"] = Field(
+        "back-off", description="At a loss that is no number: leave out the batch or lower the rate, or stop."
+    )
     checkpoint_every: int = Field(50, ge=1, description="Optimizer steps between checkpoints; the last two are kept.")
 
 
@@ -217,6 +230,35 @@ class Eval(Part):
     max_new_tokens: int = Field(64, ge=1, description="Longest generated answer, in tokens.")
     limit: int | None = Field(200, ge=1, description="Held-out rows to generate for; null for all. The loss uses all.")
     batch: int = Field(16, ge=1, description="Rows generated for at a time.")
+    tasks: list[str] = Field(default_factory=list, description="Files of evaluation tasks, or globs.")
+    allow_python: bool = Field(
+        False, description="Let tasks run Python that they name: scorers, and functions of lm-eval."
+    )
+    every: Literal["end", "checkpoint"] = Field(
+        "end", description="Ask the tasks when training is done, or also at every checkpoint."
+    )
+    samples: int = Field(0, ge=0, description="Held-out questions that every checkpoint answers, for the report.")
+    general_text: str | None = Field(
+        None, description="File of text that the model should not forget; its perplexity is measured before and after."
+    )
+    gate: Rules | None = Field(None, description="What the tuned model must reach to be exported.")
+
+    @model_validator(mode="after")
+    def _gate_has_tasks(self) -> Eval:
+        if self.gate and not self.tasks:
+            raise ValueError("gate decides by the scores of eval.tasks, and there are none; name a task's file")
+        if self.gate and self.gate.max_perplexity_increase is not None and self.general_text is None:
+            raise ValueError("gate.max_perplexity_increase needs eval.general_text; name a file of text")
+        return self
+
+
+class Track(Part):
+    mlflow: str | None = Field(None, description="MLflow: `sqlite`, a file beside the runs; or a server's address.")
+    wandb: Literal["offline", "online"] | None = Field(
+        None, description="Weights & Biases; online goes to the network."
+    )
+    tensorboard: bool = Field(False, description="Event files in the run's folder.")
+    project: str = Field("whet", min_length=1, description="Experiment or project of the trackers.")
 
 
 class Export(Part):
@@ -242,6 +284,7 @@ class Recipe(Part):
     budget: Budget = Field(default_factory=Budget, description="What training may take.")
     eval: Eval | None = Field(default_factory=Eval, description="Base against tuned on held-out rows; null for none.")
     export: Export = Field(default_factory=Export, description="What to write besides the adapter.")
+    track: Track = Field(default_factory=Track, description="Who else is told of the run; metrics.jsonl always is.")
 
     @field_validator("adapter", mode="after")
     @classmethod
@@ -298,7 +341,7 @@ class Recipe(Part):
 
 def load(path: Path) -> Recipe:
     """Read and check a recipe. Raises WhetErrors that list every fault with its line."""
-    document = read_yaml(path)
+    document = read_yaml(path, RECIPE)
     try:
         recipe = Recipe.model_validate(document.values)
     except ValidationError as error:

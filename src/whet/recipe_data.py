@@ -65,9 +65,14 @@ def steps_of(recipe: recipes.Recipe, base: Path) -> steps.Steps:
         redact=_redaction(data.redact, base) if data.redact else None,
         dedup=steps.Dedup(data.dedup.exact, data.dedup.near) if data.dedup else None,
         split=steps.Split(split.eval, split.group_by, split.stratify_by, split.time, split.at),
-        leaks=steps.Leaks(data.leaks.gate, tuple(data.leaks.tasks)) if data.leaks else None,
+        leaks=_leaks(data.leaks, recipe.eval.tasks if recipe.eval else []) if data.leaks else None,
         seed=recipe.seed,
     )
+
+
+def _leaks(leaks: recipes.Leaks, evaluated: list[str]) -> steps.Leaks:
+    """What the recipe is evaluated on counts as a task that must not leak, named among `leaks.tasks` or not."""
+    return steps.Leaks(leaks.gate, tuple(dict.fromkeys([*leaks.tasks, *evaluated])))
 
 
 def _redaction(redact: recipes.Redact, base: Path) -> steps.Redaction:

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from whet.recipe import Recipe
-from whet.recipe_faults import section_of
+from whet.yaml_faults import section_of
 
 
 def json_schema() -> dict[str, Any]:

@@ -85,8 +85,9 @@ def test_packing_loses_no_token(tmp_path: Path, tokenizer: Any) -> None:
     assert summary["full"] == f"{summary['tokens'] / (64 * len(packed)):.1%}"
 
 
-def test_several_processes_write_what_one_does(tmp_path: Path, tokenizer: Any) -> None:
+def test_several_processes_write_what_one_does(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches parts that are lost, doubled or in another order, and a tokenizer that changes on its way to a worker."""
+    monkeypatch.setattr("whet.data.prepare.SMALL", 0)
     summaries = [
         made(tmp_path, tokenizer, CONVERSATIONS, name, workers=workers, parts=3)
         for name, workers in (("one", 1), ("two", 2))
@@ -119,11 +120,11 @@ def test_rows_that_all_lose_their_labels_are_an_error(tmp_path: Path, tokenizer:
         made(tmp_path, tokenizer, CONVERSATIONS, max_length=8)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_sft_refuses_pairs_by_file_and_line(tmp_path: Path, tokenizer: Any, workers: int) -> None:
+def test_sft_refuses_pairs_by_file_and_line(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a fault that loses its place on the way from a worker."""
+    monkeypatch.setattr("whet.data.prepare.SMALL", 0)
     with pytest.raises(WhetError, match=r"rows\.jsonl:\d+: a preference pair is no example") as caught:
-        made(tmp_path, tokenizer, PAIRS, workers=workers, parts=2)
+        made(tmp_path, tokenizer, PAIRS, workers=2, parts=2)
     assert "train with method: dpo" in str(caught.value)
 
 

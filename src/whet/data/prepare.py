@@ -26,12 +26,14 @@ from transformers import PreTrainedTokenizerBase
 from whet.data import template
 from whet.data.examples import Conversation, Example, Preference
 from whet.data.faults import Faults
-from whet.data.prep.engine import Engine
+from whet.data.prep.engine import Engine, Local
 from whet.data.prep.versions import Version, read_part
 from whet.data.tokens import Counts, read_rows, write_tokens
 from whet.errors import WhetError
 
 Progress = Callable[[str, int, int], None]
+SMALL = 8 << 20
+"""Bytes of rows that are tokenized sooner than other processes have started."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,9 @@ def prepare(
     parts = [(side, part) for side in sides for part in version.parts(side)]
     counts = {side: Counts() for side in sides}
     tokenizing = Tokenizing(tokenizer, folder, max_length, train_on, packing)
-    with closing(engine):
-        made = engine.map(tokenizing, [part for _, part in parts])
+    small = sum(part.stat().st_size for _, part in parts) < SMALL
+    with closing(Local(1) if small else engine) as work:
+        made = work.map(tokenizing, [part for _, part in parts])
         for done, ((side, _), count) in enumerate(zip(parts, made, strict=True), start=1):
             counts[side] += count
             progress("tokenize", done, len(parts))

@@ -332,7 +332,9 @@ def test_compressed_files_read_as_plain_ones(tmp_path: Path):
     for name in ("a.jsonl.gz", "A.JSONL.ZST"):
         rows = list(read_rows(name, base=tmp_path))
         assert [(row.values, row.line) for row in rows] == [(row.values, row.line) for row in plain]
-    assert rows_of(tmp_path, "a.csv.gz", gzip.compress(b"\xef\xbb\xbfa\n1\n", mtime=0))[0] == Row({"a": "1"}, "a.csv.gz", 2)
+    assert rows_of(tmp_path, "a.csv.gz", gzip.compress(b"\xef\xbb\xbfa\n1\n", mtime=0))[0] == Row(
+        {"a": "1"}, "a.csv.gz", 2
+    )
     assert rows_of(tmp_path, "a.tsv.gz", gzip.compress(b"a\tb\n1\t2\n", mtime=0))[0].values == {"a": "1", "b": "2"}
     assert rows_of(tmp_path, "a.md.gz", gzip.compress(b"# T", mtime=0))[0].values == {"text": "# T"}
 

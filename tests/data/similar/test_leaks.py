@@ -337,6 +337,23 @@ def test_tasks_are_read_from_every_kind_of_file(tmp_path: Path):
     ]
 
 
+def test_rows_that_a_task_names_are_read_under_its_names(tmp_path: Path):
+    """Catches a task whose questions lie in another file, which the gate would compare with nothing."""
+    (tmp_path / "evals").mkdir()
+    (tmp_path / "evals" / "rows.csv").write_text("ask,right,note\nQ one,A one,no text\n")
+    (tmp_path / "evals" / "a.yaml").write_text(
+        "name: a\ndata: rows.csv\ncolumns: {prompt: ask, reference: right}\nscorer: exact\n"
+    )
+    (tmp_path / "evals" / "b.yaml").write_text("name: b\ndata: rows.csv\ntemplate: '{ask}?'\nscorer: exact\n")
+    (tmp_path / "evals" / "c.yaml").write_text("name: c\nbenchmark: {task: arc_easy}\n")
+    found = read_tasks(["evals/*.yaml"], tmp_path)
+    assert [(task.text, task.role) for task in found] == [
+        ("Q one", "question"),
+        ("A one", "answer"),
+        ("Q one", "question"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "fault"),
     [

@@ -35,10 +35,10 @@ from whet.data.prep.signing import Signed, sign_chunks
 from whet.data.prep.steps import Steps, digest_of
 from whet.data.prep.versions import SHOWN, SIDES, Store, Version, digest_of_rows
 from whet.data.similar.duplicates import Flags, keepers
-from whet.data.similar.tasks import read_tasks, task_files
+from whet.data.similar.tasks import read_tasks
 from whet.data.split import resolve_straddling, sides, stratified_sides
 from whet.errors import WhetError, WhetErrors
-from whet.files import refused_when_full, sha256, staged_folder
+from whet.files import refused_when_full, staged_folder
 
 T = TypeVar("T")
 Progress = Callable[[str, int, int], None]
@@ -96,8 +96,8 @@ class _Preparation:
     def made_of(self, tasks: Sequence[chunks.Task]) -> str:
         """A digest of all that goes into the version."""
         leaks = self.steps.leaks
-        files = [path for pattern in leaks.tasks for path, _ in task_files(pattern, self.base)] if leaks else []
-        return digest_of([self.steps.digest(), [task.name for task in tasks], [sha256(path) for path in files]])
+        asked = [(task.text, task.role) for task in read_tasks(leaks.tasks, self.base)] if leaks else []
+        return digest_of([self.steps.digest(), [task.name for task in tasks], asked])
 
     def each(self, step: str, function: Callable[[Any], T], items: Sequence[Any]) -> list[T]:
         """The function's results, in the order of the items, while progress is told."""

@@ -1,7 +1,9 @@
 """The texts of evaluation tasks that no training row may hold: questions and answers, whatever the file.
 
     .jsonl .json .csv .tsv .parquet    rows with the columns below
-    .yaml .yml                         mappings with these keys, at any depth
+    .yaml .yml                         mappings with these keys, at any depth; the rows that a task's `data` names
+
+A task of lm-evaluation-harness (`benchmark`) holds no text, and nothing is compared with it.
 
 Messages are questions, but for those of the assistant, which are answers, and of the system, which are neither: many
 rows share them.
@@ -13,6 +15,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 import yaml
@@ -58,7 +61,7 @@ def read_tasks(paths: Iterable[str], base: Path) -> list[TaskText]:
             for values, where in _records(path, source, base):
                 columns |= dict.fromkeys(map(str, values))
                 found += (TaskText(text, where, role) for text, role in _texts_of(values))
-            if len(found) == before:
+            if len(found) == before and "benchmark" not in columns:
                 raise WhetError(
                     f"no task in the file; its columns are {', '.join(columns) or 'none'}",
                     where=source,
@@ -74,10 +77,23 @@ def task_files(pattern: str, base: Path) -> list[tuple[Path, str]]:
 
 def _records(path: Path, source: str, base: Path) -> Iterator[tuple[Mapping[Any, Any], str]]:
     if kind_of(source) in YAML:
-        yield from _yaml_records(path, source)
+        for values, where in _yaml_records(path, source):
+            yield values, where
+            yield from _rows_of(values, path.parent)
     else:
         for row in read_rows(str(path.relative_to(base) if path.is_relative_to(base) else path), base=base):
             yield row.values, row.where
+
+
+def _rows_of(task: Mapping[Any, Any], folder: Path) -> Iterator[tuple[Mapping[Any, Any], str]]:
+    """The rows of a task's `data`, their columns called as the task calls them (evals/tasks.py)."""
+    data, columns, template = (task.get(name) for name in ("data", "columns", "template"))
+    if not isinstance(data, str) or "scorer" not in task:
+        return
+    named = [field for _, field, _, _ in Formatter().parse(template) if field] if isinstance(template, str) else []
+    for row in read_rows(data, base=folder):
+        renamed = {part: row.values.get(name) for part, name in (columns or {}).items()}
+        yield {**row.values, **renamed, "problem": [row.values.get(name) for name in named]}, row.where
 
 
 def _texts_of(values: Mapping[Any, Any]) -> Iterator[tuple[str, Role]]:
@@ -140,7 +156,7 @@ def _yaml_records(path: Path, source: str) -> Iterator[tuple[Mapping[Any, Any], 
             waiting += reversed(node.value)
         elif isinstance(node, yaml.MappingNode):
             yield _plain(node, _DEEPEST), f"{source}:{node.start_mark.line + 1}"
-            waiting += reversed([value for _, value in node.value])
+            waiting += reversed([value for key, value in node.value if key.value != "columns"])  # names, no texts
 
 
 def _plain(node: yaml.Node, depth: int) -> Any:
