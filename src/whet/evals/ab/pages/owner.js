@@ -48,4 +48,5 @@ if ($("add")) {
   $("ask").addEventListener("click", () => $("sure").showModal());
   $("no").addEventListener("click", () => $("sure").close());
   $("yes").addEventListener("click", close);
+  $("ask").disabled = false; // a click before this would do nothing
 }
