@@ -23,7 +23,7 @@ SEED = time.time_ns()  # of the moments to kill at: other ones each time
 
 @pytest.mark.parametrize("whole", ["adamw_8bit"], indirect=True)
 def test_killed_twenty_times_at_random(whole: Path, again: Path) -> None:
-    """Catches a moment that leaves something half written: fifteen kills at any time, five while a checkpoint is written."""
+    """Catches a moment that leaves something half written: fifteen kills at any time, five in a checkpoint."""
     chance = random.Random(SEED)
     forked = Forked(again)
     writing = 0
