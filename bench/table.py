@@ -215,6 +215,12 @@ def data_prep_row(line: Line, lines: list[Line]) -> list[str]:
     ]
 
 
+def overhead_row(line: Line, lines: list[Line]) -> list[str]:
+    work = f"{line['model']}, {line['load']}, {line['rows']} rows of {line['seq']}"
+    times = [f"{line[name]:,.2f}" for name in ("off_ms", "on_ms")]
+    return [work, str(line["steps"]), *times, f"{line['added']:+.2%}", *where(line)]
+
+
 def data_steps_row(line: Line, lines: list[Line]) -> list[str]:
     return [line["step"], line["engine"], f"{line['rows']:,}", f"{line['us_row']:.1f}", *where(line)]
 
@@ -300,6 +306,7 @@ KINDS: dict[str, tuple[list[str], Row]] = {
     ),
     "redaction_speed": (["engine", "characters a document", "documents a second", *ORIGIN], redaction_speed_row),
     "data_prep": (["engine", "processes", "rows", "seconds", "rows a second", "GiB", *ORIGIN], data_prep_row),
+    "overhead": (["work", "steps", "ms a step without", "with", "added", *ORIGIN], overhead_row),
     "data_steps": (["step", "engine", "rows", "us a row", *ORIGIN], data_steps_row),
     "fp8": (
         ["base", "seed", "held-out loss before", "after", "the same in bf16", "against bf16", "against nf4", *ORIGIN],

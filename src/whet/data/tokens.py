@@ -14,18 +14,21 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 from datasets import Dataset, Features, Value, concatenate_datasets  # type: ignore[import-untyped]
 from datasets import List as ListOf
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from whet.data.examples import Conversation, Example
 from whet.data.faults import Faults
 from whet.data.pack import pack
-from whet.data.template import IGNORE, Tokenized, TrainOn, check_template, tokenize
+from whet.data.template import IGNORE, TrainOn, check_template, tokenize
 from whet.errors import WhetError
 
 WINDOW = 10_000
 """Documents that are fitted into rows together: enough to fill them."""
-WINDOW_TOKENS = 1 << 24
-"""And so many tokens at most, about: 128 MiB of ids and labels."""
+WINDOW_TOKENS = 1 << 23
+"""And so many tokens at most, about: 64 MiB of ids and labels."""
+Row = tuple[NDArray[np.int32], NDArray[np.int32]]
+"""Token ids and labels [T] of an example."""
 
 
 @dataclass
@@ -85,7 +88,7 @@ def _kept(
     train_on: TrainOn,
     counts: Counts,
     faults: Faults,
-) -> Iterator[Tokenized]:
+) -> Iterator[Row]:
     """The examples that have something to learn, while `counts` and `faults` grow."""
     for example in examples:
         if isinstance(example, Conversation):
@@ -104,15 +107,15 @@ def _kept(
         counts.tokens += len(row.input_ids)
         counts.label_tokens += learned
         counts.truncated += row.truncated
-        yield row
+        yield np.asarray(row.input_ids, dtype=np.int32), np.asarray(row.labels, dtype=np.int32)
 
 
-def _windows(rows: Iterable[Tokenized]) -> Iterator[list[Tokenized]]:
-    window: list[Tokenized] = []
+def _windows(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    window: list[Row] = []
     tokens = 0
     for row in rows:
         window.append(row)
-        tokens += len(row.input_ids)
+        tokens += len(row[0])
         if len(window) == WINDOW or tokens >= WINDOW_TOKENS:
             yield window
             window, tokens = [], 0
@@ -120,9 +123,6 @@ def _windows(rows: Iterable[Tokenized]) -> Iterator[list[Tokenized]]:
         yield window
 
 
-def _dataset(rows: Sequence[Tokenized]) -> Dataset:
-    columns = {
-        "input_ids": [np.asarray(row.input_ids, dtype=np.int32) for row in rows],
-        "labels": [np.asarray(row.labels, dtype=np.int32) for row in rows],
-    }
+def _dataset(rows: Sequence[Row]) -> Dataset:
+    columns = {"input_ids": [ids for ids, _ in rows], "labels": [labels for _, labels in rows]}
     return Dataset.from_dict(columns, features=Features({name: ListOf(Value("int32")) for name in columns}))
