@@ -101,6 +101,7 @@ def test_a_model_that_may_not_ship_is_not_exported(
     assert "not exported: do not ship" in told.err
     assert "Traceback" not in told.err
     assert not (folder / "export").exists()
+    assert "refused" in here("runs", "list", cwd=tmp_path).out
 
 
 def test_a_broken_task_is_found_before_anything_is_trained(tmp_path: Path) -> None:

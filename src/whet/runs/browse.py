@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class Summary:
-    """A run at a glance. state: finished, stopped, at work, or damaged, of which `fault` tells more.
+    """A run at a glance. state: finished, refused (by its gate), stopped, at work, or damaged: `fault` tells more.
 
     steps: optimizer steps. loss: of the last one, nats a token. size: bytes of its folder.
     """
@@ -55,18 +56,30 @@ def summary(folder: Path) -> Summary:
         name = folder.name.rpartition("-")[0]
         return Summary(folder, name, "", "damaged", (), 0, None, {}, size, f"{error.where}: {error.what}")
     measured = measures(lines)
-    state = "at work" if folders.at_work(folder) else "finished" if LAST in stages else "stopped"
     return Summary(
         folder=folder,
         name=str(recipe.get("name", "")),
         started=str(facts.get("started", "")),
-        state=state,
+        state=state_of(folder, stages),
         stages=stages,
         steps=measured.get("train.steps", 0),
         loss=measured.get("train.last_loss"),
         scores={name: value for name, value in measured.items() if not name.startswith("train.")},
         size=size,
     )
+
+
+def state_of(folder: Path, stages: Sequence[str]) -> str:
+    """As in `Summary`, of a run that can be read."""
+    if folders.at_work(folder):
+        return "at work"
+    if LAST in stages:
+        return "finished"
+    try:
+        decision = json.loads((folder / "eval" / "gate.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "stopped"
+    return "stopped" if decision.get("ship") is True else "refused"
 
 
 def stages_of(folder: Path) -> tuple[str, ...]:
