@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests.network import no_connections  # noqa: F401 (a fixture of every test)
-from tests.road import here  # noqa: F401
+from tests.road import as_loud_as_before, here  # noqa: F401
 
 torch.set_num_threads(1)  # tiny models: threads would only wait for each other, and for other test processes
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -101,24 +102,29 @@ class Here:
         return Told(int(ended.value.code or 0), out, err)
 
 
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Here]:
-    """here("run", "recipe.yaml", cwd=folder); what the command sets for its whole process is set back."""
-    import logging
-
-    import datasets
-    import transformers
-
+@pytest.fixture(autouse=True)
+def as_loud_as_before() -> Iterator[None]:
+    """What a verb of the command line turns off for its whole process is on again for the next test."""
     names = ("whet", "bitsandbytes", "trl", "accelerate")
-    loggers = {name: (list(logging.getLogger(name).handlers), logging.getLogger(name).level) for name in names}
+    loggers = [logging.getLogger(name) for name in names]
+    before = [(list(logger.handlers), logger.level) for logger in loggers]
+    yield
+    for logger, (handlers, level) in zip(loggers, before, strict=True):
+        if logger.handlers != handlers or logger.level != level:
+            logger.handlers[:] = handlers
+            logger.setLevel(level)
+    if (transformers := sys.modules.get("transformers.utils.logging")) is not None:
+        transformers.enable_progress_bar()
+        transformers.set_verbosity_warning()
+    if (datasets := sys.modules.get("datasets")) is not None:
+        datasets.enable_progress_bars()
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Here:
+    """here("run", "recipe.yaml", cwd=folder)."""
     monkeypatch.setenv("COLUMNS", "200")
-    yield Here(monkeypatch, capfd)
-    for name, (handlers, level) in loggers.items():
-        logging.getLogger(name).handlers[:] = handlers
-        logging.getLogger(name).setLevel(level)
-    datasets.enable_progress_bars()
-    transformers.utils.logging.enable_progress_bar()
-    transformers.utils.logging.set_verbosity_warning()
+    return Here(monkeypatch, capfd)
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
