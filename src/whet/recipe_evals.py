@@ -57,8 +57,9 @@ class AtCheckpoints(TrainerCallback):
         self.questions = questions(run.folder / "data", self.settings.samples) if self.settings.samples else []
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
-        asked = {line["step"] for line in self.run.metrics("eval") if "step" in line}
-        self._ask(model, state.global_step, tasks=[] if state.global_step in asked else self.tasks)
+        step = state.global_step
+        asked = {line["task"] for line in self.run.metrics("eval") if line.get("step") == step}
+        self._ask(model, step, [task for task in self.tasks if task.name not in asked])
 
     def on_save(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
         self._ask(model, state.global_step, self.tasks)
