@@ -8,11 +8,11 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from whet.errors import WhetError, WhetErrors
+from whet.eval_models import recipe_of
 from whet.evals.gate import Decision, Rules
 from whet.evals.results import TaskResult
-from whet.recipe import Recipe
 from whet.recipe_evals import decided, tell
-from whet.runs.folders import find, recipe_values
+from whet.runs.folders import find
 from whet.runs.ledger import NAME, Ledger
 from whet.runs.signing import key_in_use
 from whet.yaml_faults import Kind, explain, read_yaml
@@ -24,7 +24,7 @@ def rules_of(path: Path | None, run: str, runs: Path) -> Rules:
     """The rules in a YAML file; without one, those of the run's recipe. Raises WhetError where there are none."""
     if path is None:
         folder = find(runs, run)
-        settings = Recipe.model_validate(recipe_values(folder)).eval
+        settings = recipe_of(folder).eval
         if settings is None or settings.gate is None:
             fix = "name a file of rules: --rules gate.yaml"
             raise WhetError("the run's recipe has no eval.gate", where=str(folder / "recipe.yaml"), fix=fix)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from whet.errors import WhetError
 from whet.evals.models import InMemory, Model
 from whet.evals.results import TaskResult
 from whet.evals.run_tasks import load_results
+
+if TYPE_CHECKING:
+    from whet.recipe import Recipe
 
 ADAPTER = "adapter_config.json"
 BASE = "base"
@@ -34,23 +37,29 @@ def model_in(name: str, *, held: str = "16bit", batch: int = 16) -> InMemory:
 
 def model_of_run(name: str, runs: Path, *, batch: int = 16) -> InMemory:
     """What a run has trained, held as its recipe says. Raises WhetError where the run has not come so far."""
-    from pydantic import ValidationError
-
-    from whet.recipe import Recipe
     from whet.recipe_model import load_tuned
-    from whet.runs.folders import find, recipe_values
+    from whet.runs.folders import find
 
     folder = find(runs, name)
     if not (folder / "trained").is_dir():
         fix = "let it finish: whet run RECIPE"
         raise WhetError("the run has trained nothing yet", where=str(folder), fix=fix)
+    model, tokenizer = load_tuned(recipe_of(folder), folder / "trained")
+    return InMemory(model, tokenizer, folder.name, batch)
+
+
+def recipe_of(folder: Path) -> Recipe:
+    """The recipe that a run keeps. Raises WhetError where this whet cannot read it."""
+    from pydantic import ValidationError
+
+    from whet.recipe import Recipe
+    from whet.runs.folders import recipe_values
+
     try:
-        recipe = Recipe.model_validate(recipe_values(folder))
+        return Recipe.model_validate(recipe_values(folder))
     except ValidationError as error:
         fix = "use the whet that made the run"
         raise WhetError(f"its recipe can't be read: {error}", where=str(folder / "recipe.yaml"), fix=fix) from error
-    model, tokenizer = load_tuned(recipe, folder / "trained")
-    return InMemory(model, tokenizer, folder.name, batch)
 
 
 def model_at(url: str, model: str | None, key_env: str | None, concurrency: int) -> Model:

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "recipe": "evals yaml_faults",
     "recipe_evals": "recipe runs data evals",
     "eval_models": "recipe recipe_model runs models evals",
-    "eval_gate": "recipe recipe_evals runs evals yaml_faults",
+    "eval_gate": "eval_models recipe_evals runs evals yaml_faults",
     "yaml_faults": "",
     "recipe_data": "recipe data",
     "recipe_docs": "recipe yaml_faults",

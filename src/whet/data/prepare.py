@@ -12,7 +12,7 @@ Preference pairs alone are held in memory: their trainer tokenizes them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -27,11 +27,11 @@ from whet.data import template
 from whet.data.examples import Conversation, Example, Preference
 from whet.data.faults import Faults
 from whet.data.prep.engine import Engine, Local
+from whet.data.prep.prep import Progress
 from whet.data.prep.versions import Version, read_part
 from whet.data.tokens import Counts, read_rows, write_tokens
 from whet.errors import WhetError
 
-Progress = Callable[[str, int, int], None]
 SMALL = 8 << 20
 """Bytes of rows that are tokenized sooner than other processes have started."""
 

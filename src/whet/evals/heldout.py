@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from whet.data.prepare import Question
 from whet.evals import generation
 from whet.evals.generation import Generation
+from whet.evals.likelihood import LOGITS_AT_ONCE
 from whet.evals.undisturbed import undisturbed
 from whet.files import write_text
 
@@ -29,9 +30,6 @@ Model: TypeAlias = Any
 
 Rows: TypeAlias = Sequence[dict[str, list[int]]]
 """Each with input_ids and labels [T]: a list, or a datasets.Dataset whose rows stay on the disk."""
-
-LOGITS_AT_ONCE = 2**27
-"""Logits held at a time, in numbers: half a GiB in fp32."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ order in which rows, files or workers come.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +36,7 @@ from whet.data.prep.signing import Signed, sign_chunks
 from whet.data.prep.steps import Steps, digest_of
 from whet.data.prep.versions import SHOWN, SIDES, Store, Version, digest_of_rows
 from whet.data.similar.duplicates import Flags, keepers
-from whet.data.similar.tasks import read_tasks
+from whet.data.similar.tasks import TaskText, read_tasks
 from whet.data.split import resolve_straddling, sides, stratified_sides
 from whet.errors import WhetError, WhetErrors
 from whet.files import refused_when_full, staged_folder
@@ -95,9 +96,13 @@ class _Preparation:
 
     def made_of(self, tasks: Sequence[chunks.Task]) -> str:
         """A digest of all that goes into the version."""
-        leaks = self.steps.leaks
-        asked = [(task.text, task.role) for task in read_tasks(leaks.tasks, self.base)] if leaks else []
+        asked = [(task.text, task.role) for task in self.asked]
         return digest_of([self.steps.digest(), [task.name for task in tasks], asked])
+
+    @functools.cached_property
+    def asked(self) -> list[TaskText]:
+        """The texts of the evaluation tasks."""
+        return read_tasks(self.steps.leaks.tasks, self.base) if self.steps.leaks else []
 
     def each(self, step: str, function: Callable[[Any], T], items: Sequence[Any]) -> list[T]:
         """The function's results, in the order of the items, while progress is told."""
@@ -206,7 +211,7 @@ class _Preparation:
         if self.steps.leaks is None or signed is None:
             return none
         settings = self.steps.leaks
-        evaluation = [replace(task, text=self.as_rows_are(task.text)) for task in read_tasks(settings.tasks, self.base)]
+        evaluation = [replace(task, text=self.as_rows_are(task.text)) for task in self.asked]
         gate = Gate(tasks, rows.offsets(len(tasks)), signed, evaluation, self.store.cache / "leaks", self.each)
         found = gate.find(kept & ~held, kept & held)
         leaking = found.rows
