@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 
@@ -51,11 +52,13 @@ def main(folder: Path) -> None:
 
     import torch
     from rich.console import Console
+    from tqdm import tqdm
 
     from whet.pipeline import run_recipe
     from whet.recipe import load
 
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is shared by all that are forked: one killed with it would stop the rest
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     recipe = load(folder / "recipe.yaml")
