@@ -36,6 +36,7 @@ app.add_typer(cli_runs.runs, name="runs")
 for verb in (cli_report.report, cli_report.compare, cli_report.track):
     cli_runs.runs.command()(verb)
 cli_data.doctor.command("run")(cli_doctor.doctor_run)
+cli_data.doctor.command("rate")(cli_doctor.doctor_rate)
 app.add_typer(cli_judge.judge, name="judge")
 app.add_typer(cli_ab.ab, name="ab")
 console = Console(highlight=False)

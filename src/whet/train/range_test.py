@@ -64,12 +64,7 @@ def range_test(
     steps: int = STEPS,
 ) -> RangeTest:
     """Try rates from `lowest` to `highest` in `steps` optimizer steps on the recipe's rows. Raises WhetError."""
-    if not 0 < lowest < highest or steps < 10:
-        raise WhetError(
-            "a range test needs 0 < lowest < highest, and 10 steps or more",
-            where=f"lowest {lowest:g}, highest {highest:g}, steps {steps}",
-            fix=f"leave them out: {LOWEST:g} to {HIGHEST:g} in {STEPS} steps",
-        )
+    check_range(lowest, highest, steps)
     start = StartingWeights(model)
     if not start.values:
         raise WhetError(
@@ -94,6 +89,16 @@ def range_test(
         finally:
             start.put_back(model)
     return judged(ramp.rates[: len(ramp.losses)], ramp.losses)
+
+
+def check_range(lowest: float, highest: float, steps: int) -> None:
+    """Raises WhetError for rates that do not rise, and for too few steps to tell."""
+    if not 0 < lowest < highest or steps < 10:
+        raise WhetError(
+            "a range test needs 0 < lowest < highest, and 10 steps or more",
+            where=f"lowest {lowest:g}, highest {highest:g}, steps {steps}",
+            fix=f"leave them out: {LOWEST:g} to {HIGHEST:g} in {STEPS} steps",
+        )
 
 
 class Ramp(TrainerCallback):
@@ -126,8 +131,22 @@ def judged(rates: list[float], losses: list[float]) -> RangeTest:
     over = _diverged(losses)
     smooth = smoothed(losses[:-1] if over else losses)
     low = min(range(len(smooth)), key=smooth.__getitem__, default=0)
-    fell = bool(smooth) and smooth[low] < (1 - FELL) * smooth[0]
+    fell = bool(smooth) and _fell(losses[: len(smooth)], smooth[low])
     return RangeTest(rates, losses, smooth, rates[low] / 10 if fell else None, rates[-1] if over else None)
+
+
+def _fell(losses: list[float], low: float) -> bool:
+    """Whether the smoothed loss came down to `low` by learning: by more than batches differ from one another.
+
+    It must lie below the mean of the first quarter by four standard deviations of that difference, being the lowest of
+    many. Those of a step's loss are taken from second differences, which a steady fall leaves alone.
+    """
+    start = losses[: max(1, len(losses) // 4)]
+    bends = [a - 2 * b + c for a, b, c in zip(losses, losses[1:], losses[2:], strict=False)]
+    of_a_step = sum(bend * bend for bend in bends) / (6 * max(1, len(bends)))
+    deviation = math.sqrt(of_a_step * (1 / len(start) + (1 - SMOOTHING) / (1 + SMOOTHING)))
+    first = sum(start) / len(start)
+    return first - low > max(FELL * first, 4 * deviation)
 
 
 def smoothed(losses: list[float]) -> list[float]:
