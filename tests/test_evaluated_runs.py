@@ -13,6 +13,7 @@ from tests.road import QUESTION, Here, metrics, only_run, write_recipe, write_ro
 from whet.errors import WhetError
 from whet.pipeline import Refused, run_recipe
 from whet.recipe import load
+from whet.recipe_evals import AtCheckpoints
 from whet.runs.audit import audit
 from whet.runs.store import Run
 
@@ -124,6 +125,39 @@ def test_asking_at_checkpoints_changes_nothing_that_is_trained(tmp_path: Path) -
         )
         adapters.append((run(tmp_path / name).folder / "trained" / "adapter_model.safetensors").read_bytes())
     assert adapters[0] == adapters[1]
+
+
+def test_a_checkpoint_is_asked_its_tasks_after_a_kill_between_its_loss_and_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a run that goes on and takes a held-out loss for all that was to be measured, or stumbles over it."""
+    asking = {"every": "checkpoint", "samples": 1}
+    write(tmp_path, **asking)
+    stop = {"patience": 3, "min_gain": 0.0}
+    write_recipe(
+        tmp_path,
+        {
+            "data.leaks": None,
+            "train.max_steps": 4,
+            "train.checkpoint_every": 2,
+            "train.early_stop": stop,
+            "eval": {**EVAL, **asking},
+        },
+    )
+    with monkeypatch.context() as killed:
+        killed.setattr(AtCheckpoints, "on_save", _killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path)
+    folder = only_run(tmp_path / "runs")
+    assert [line["step"] for line in metrics(folder) if line["stage"] == "eval" and line["step"]] == [2], "the loss"
+    done = run(tmp_path)
+    lines = [line for line in metrics(done.folder) if line["stage"] == "eval" and "step" in line]
+    assert [line["step"] for line in lines if line.get("task") == "colour"] == [0, 2, 4]
+    assert (folder / "samples" / "2.jsonl").exists()
+
+
+def _killed(*args: Any, **kwargs: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_smoke_run_comes_first_and_leaves_the_real_one_alone(tmp_path: Path) -> None:
