@@ -51,7 +51,8 @@ def again(whole: Path, tmp_path: Path) -> Path:
 
 def assert_same_as(whole: Path, folder: Path) -> None:
     one, other = only_run(whole / "runs"), only_run(folder / "runs")
-    assert not differences(one, other)
+    unequal = differences(one, other)
+    assert not unequal, "\n".join(unequal)
     assert [line["step"] for line in metrics(other)] == list(range(1, STEPS + 1))
     assert [line["loss"] for line in metrics(one)] == [line["loss"] for line in metrics(other)]
 

@@ -429,6 +429,19 @@ def test_bitsandbytes_overrides_hold() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
 
 
+def test_an_override_is_not_inherited_by_the_next_optimizer() -> None:
+    """Catches an adapter whose first matrix keeps an embedding's moments, after a whole model in the same process."""
+    embedding, matrix = nn.Embedding(100, 64), nn.Parameter(torch.ones(100, 64))
+    GlobalOptimManager.get_instance().register_module_override(embedding, "weight", {"optim_bits": 32})
+    moments = []
+    for parameter in (embedding.weight, matrix):
+        adam = AdamW8bit([parameter])
+        parameter.grad = torch.ones_like(parameter)
+        adam.step()
+        moments.append(adam.state[parameter]["state1"].dtype)
+    assert moments == [torch.float32, torch.uint8]
+
+
 def test_a_limit_on_the_update_s_norm_is_each_parameter_s_own() -> None:
     """Catches max_unorm, which the kernel does not know, left out."""
     results = []

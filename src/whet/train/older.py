@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import transformers
-from bitsandbytes.optim import AdamW
+from bitsandbytes.optim import AdamW, GlobalOptimManager
 from peft import PeftModel
 from torch import nn
 
@@ -94,13 +94,17 @@ class OlderTrainer:
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' own; in the place of bitsandbytes' AdamW in 8 bits, one with few launches.
 
-        transformers makes the optimizer first: it also tells bitsandbytes which weights keep moments of 32 bits.
+        transformers makes the optimizer first: it also tells bitsandbytes which weights keep moments of 32 bits. That
+        is taken over, and forgotten there, where it would hold the model's embeddings for as long as the process lives.
         """
         given = self.optimizer is not None
+        registered = GlobalOptimManager.get_instance().module_weight_config_triple
+        before = len(registered)
         made = super().create_optimizer(*args, **kwargs)
         ours = hasattr(self.model, "max_seq_length") and self.args.optim in NAMES
         if ours and not given and type(made) is AdamW and made.args.optim_bits == 8:
             self.optimizer = AdamW8bit.like(made)
+            del registered[before:]
         return self.optimizer
 
     def _send_telemetry(self) -> None:

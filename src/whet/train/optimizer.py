@@ -76,6 +76,7 @@ class AdamW8bit(AdamW):
         if not isinstance(seed, int):
             raise TypeError(f"seed is {seed!r}; it must be an int (stochastic_rounding=False rounds to nearest)")
         self._maps: list[tuple[Tensor, CodeMap | None]] = []
+        self._own: dict[Tensor, dict[str, Any]] = {}
         self._tables: dict[Tensor | None, list[Tables]] = {}  # by the first of the parameters that are updated together
         super().__init__(params, lr, betas, eps, weight_decay, optim_bits=8, min_8bit_size=min_8bit_size)
         self.defaults["rounding_seed"] = seed if stochastic_rounding else None
@@ -87,7 +88,9 @@ class AdamW8bit(AdamW):
         names = ("lr", "betas", "eps", "weight_decay")
         settings = {name: optimizer.defaults[name] for name in names}
         settings |= {"min_8bit_size": optimizer.args.min_8bit_size}
-        return cls(optimizer.param_groups, stochastic_rounding=stochastic_rounding, seed=seed, **settings)
+        made = cls(optimizer.param_groups, stochastic_rounding=stochastic_rounding, seed=seed, **settings)
+        made.check_overrides()
+        return made
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called when a state is loaded: bitsandbytes' has no seeds."""
@@ -97,6 +100,22 @@ class AdamW8bit(AdamW):
     def _fill_in_seeds(self) -> None:
         for group in self.param_groups:
             group.setdefault("rounding_seed", self.defaults["rounding_seed"])
+
+    def check_overrides(self) -> None:
+        """Take over what was registered for modules' weights (`register_module_override`), by the parameter.
+
+        bitsandbytes' own notes it by the parameter's place among its group's, for every later optimizer of the process
+        too: an adapter trained after a whole model would keep the moments of its first matrix as an embedding's.
+        """
+        mine = {p for group in self.param_groups for p in group["params"]}
+        for module, name, config in self.mng.module_weight_config_triple:
+            if getattr(module, name) in mine:
+                self._own[getattr(module, name)] = config
+
+    def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
+        """bitsandbytes' settings of a parameter, with its own overrides."""
+        config: dict[str, Any] = super().get_config(gindex, pindex, group)
+        return config | self._own.get(group["params"][pindex], {})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, only: Sequence[Tensor] | None = None) -> Any:
@@ -137,7 +156,7 @@ class AdamW8bit(AdamW):
                 if len(self.state[p]) == 0:
                     self.init_state(group, p, gindex, pindex)
                 state = self.state[p]
-                if (gindex, pindex) in self.mng.index2config or id(p) in self.mng.pid2config:
+                if p in self._own or (gindex, pindex) in self.mng.index2config or id(p) in self.mng.pid2config:
                     config = self.get_config(gindex, pindex, group)
                 else:
                     config = common = common or self.get_config(gindex, pindex, group)
