@@ -9,6 +9,9 @@ import pytest
 
 from tests.road import CONVERSATIONS, Here, write_recipe, write_rows
 from whet.data.prep.versions import Store
+from whet.files import sha256
+from whet.runs.audit import audit
+from whet.runs.ledger import events
 
 ASKED = [
     {
@@ -38,6 +41,24 @@ def test_prep_makes_a_version_and_shows_what_was_done(here: Here, folder: Path) 
         path.name for path in version.folder.iterdir()
     }
     assert here("prep", "recipe.yaml", cwd=folder).out == told.out
+
+
+def test_the_ledger_tells_of_preparing(here: Here, folder: Path) -> None:
+    """Catches a version that nobody wrote down, one that is written down again, and one made without a ledger."""
+    assert here("prep", "recipe.yaml", cwd=folder).code == 0
+    assert here("prep", "recipe.yaml", cwd=folder).code == 0
+    runs = folder / "runs"
+    told = list(events(runs / "ledger.jsonl"))
+    assert [event.what for event in told] == ["prep.started", "prep.done"]
+    assert told[0].inputs == told[1].inputs
+    assert told[1].outputs == {str(p.relative_to(runs)): sha256(p) for p in runs.glob("data/colours/*/manifest.json")}
+    assert audit(runs) == []
+    write_rows(folder / "rows.jsonl", CONVERSATIONS[:20])
+    (runs / "ledger.jsonl").write_text("forged\n")
+    refused = here("prep", "recipe.yaml", cwd=folder)
+    assert refused.code == 2
+    assert "the ledger is not as it was left" in refused.err
+    assert len(Store(runs / "data" / "colours").log()) == 1
 
 
 def test_run_learns_from_the_version_that_prep_made(here: Here, folder: Path) -> None:

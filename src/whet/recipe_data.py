@@ -15,6 +15,10 @@ from whet.data.prep.engine import engine
 from whet.data.prep.prep import Progress, prep
 from whet.data.prep.versions import Version
 from whet.data.read.rows import Origin
+from whet.files import sha256
+from whet.runs.ledger import NAME as LEDGER
+from whet.runs.ledger import Ledger
+from whet.runs.signing import key_in_use
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,10 +31,25 @@ FOLDER = "data"
 def version_of(
     recipe: recipes.Recipe, base: Path, runs: Path, console: Console, *, workers: int | None = None
 ) -> Version:
-    """The version of the recipe's data, made unless it is there; paths start at `base`. Raises WhetError."""
+    """The version of the recipe's data, made unless it is there; paths start at `base`. Raises WhetError.
+
+    The ledger under `runs` is told when a version is made: `prep`, of no run.
+    """
+
+    @contextmanager
+    def witness(made_of: str) -> Iterator[list[Version]]:
+        made: list[Version] = []
+        inputs, facts = {"sources and steps": made_of}, {"data": recipe.name}
+        with Ledger(runs / LEDGER, key_in_use()).stage("prep", run="", inputs=inputs, facts=facts) as stage:
+            yield made
+            for version in made:
+                manifest = version.folder / "manifest.json"
+                stage.outputs[f"{FOLDER}/{recipe.name}/{version.folder.name}/{manifest.name}"] = sha256(manifest)
+
     with _progress(console) as progress:
         work = engine(recipe.data.engine, workers)
-        return prep(recipe.name, steps_of(recipe, base), base, runs / FOLDER, engine=work, progress=progress)
+        asked = steps_of(recipe, base)
+        return prep(recipe.name, asked, base, runs / FOLDER, engine=work, progress=progress, witness=witness)
 
 
 def prepare_data(

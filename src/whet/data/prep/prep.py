@@ -17,7 +17,7 @@ import functools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version as version_of
 from pathlib import Path
@@ -44,24 +44,38 @@ from whet.files import refused_when_full, staged_folder
 T = TypeVar("T")
 Progress = Callable[[str, int, int], None]
 """Called with a step's name, the parts that are done, and all of its parts."""
+Witness = Callable[[str], AbstractContextManager[list[Version]]]
+"""Called with a digest of all that goes into a version, when one is to be made; it is put into the list once it is."""
 
 
 def prep(
-    name: str, steps: Steps, base: Path, root: Path, *, engine: Engine | None = None, progress: Progress | None = None
+    name: str,
+    steps: Steps,
+    base: Path,
+    root: Path,
+    *,
+    engine: Engine | None = None,
+    progress: Progress | None = None,
+    witness: Witness | None = None,
 ) -> Version:
     """The version of `name` under `root` that the steps make of their sources, whose paths start at `base`.
 
-    What an earlier call made is not made again, finished or not. Raises WhetError: a source at fault, more bad rows
-    than allowed, a side left empty, a leak.
+    What an earlier call made is not made again, finished or not. witness: is there while a version is made.
+    Raises WhetError: a source at fault, more bad rows than allowed, a side left empty, a leak.
     """
     base, store = base.absolute(), Store(root.absolute() / name)  # workers may be at home elsewhere
     work = engine or Local(cores())
     with store.locked(), closing(work), refused_when_full(store.folder):
-        return _Preparation(name, steps, base, store, work, progress or _silent).run()
+        return _Preparation(name, steps, base, store, work, progress or _silent, witness or _nobody).run()
 
 
 def _silent(step: str, done: int, parts: int) -> None:
     pass
+
+
+@contextmanager
+def _nobody(made_of: str) -> Iterator[list[Version]]:
+    yield []
 
 
 @dataclass
@@ -72,6 +86,7 @@ class _Preparation:
     store: Store
     engine: Engine
     progress: Progress
+    witness: Witness
     done: dict[str, Any] = field(default_factory=dict)  # the manifest's stages
     duplicates: Duplicates | None = None
 
@@ -80,6 +95,14 @@ class _Preparation:
         made_of = self.made_of(tasks)
         if (known := self.store.known(made_of)) is not None:
             return known
+        with self.witness(made_of) as seen:
+            version = self.make(tasks)
+            seen.append(version)
+        self.store.record(version, made_of)
+        self.store.forget({task.name for task in tasks})
+        return version
+
+    def make(self, tasks: Sequence[chunks.Task]) -> Version:
         made = self.each("read", chunks.make, tasks)
         self.check_bad_rows(made)
         self.count_reading(tasks, made)
@@ -89,10 +112,7 @@ class _Preparation:
         held = self.split(rows, signed, kept)
         kept &= ~self.leaking(tasks, rows, signed, kept, held)
         self.check_sides(kept, held)
-        version = self.write(tasks, made, rows, kept, held)
-        self.store.record(version, made_of)
-        self.store.forget({task.name for task in tasks})
-        return version
+        return self.write(tasks, made, rows, kept, held)
 
     def made_of(self, tasks: Sequence[chunks.Task]) -> str:
         """A digest of all that goes into the version."""
