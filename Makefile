@@ -12,7 +12,7 @@ quickstart: setup  ## build a data set from this Python's documentation, fine-tu
 	$(BIN)/python -m quickstart.answers $$(ls -td $(RUNS)/quickstart-* | head -n 1)
 
 test: setup  ## the whole suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

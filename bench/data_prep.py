@@ -1,9 +1,9 @@
 """Preparing many short documents: read, clean, deduplicate, split and check for leaks; time and memory.
 
-What is made is then tokenized and packed; that has a time and a memory of its own ("ready").
+With --ready, what is made is then tokenized and packed; that has a time and a memory of its own.
 
     python bench/data_prep.py make OUT [--rows 1000000]      documents of about 1,000 characters, JSON lines
-    python bench/data_prep.py whet OUT [--workers 2] --out bench/results/data_prep.jsonl
+    python bench/data_prep.py whet OUT [--workers 2] [--ready] --out bench/results/data_prep.jsonl
     python bench/data_prep.py plain OUT --limit 50000 --out bench/results/data_prep.jsonl
 
 `plain` is what one writes with datasketch: a loop that reads a line, repairs it with ftfy, makes 5-word shingles, asks
@@ -99,7 +99,7 @@ def _resident(pid: int) -> int:
         return 0
 
 
-def whet(folder: Path, workers: int, keep: bool = False) -> dict[str, Any]:
+def whet(folder: Path, workers: int, then_ready: bool) -> dict[str, Any]:
     from whet.data.formats import Source
     from whet.data.prep.engine import Local
     from whet.data.prep.prep import prep
@@ -132,9 +132,9 @@ def whet(folder: Path, workers: int, keep: bool = False) -> dict[str, Any]:
         "steps_gib": {name: round(value, 2) for name, value in gib.items()}, "stages": manifest["stages"],
         "digest": manifest["digest"],
     }  # fmt: skip
-    result["ready"] = ready(version, folder / "ready", workers)
-    if not keep:
-        shutil.rmtree(store)
+    if then_ready:
+        result["ready"] = ready(version, folder / "ready", workers)
+    shutil.rmtree(store)
     return result
 
 
@@ -197,13 +197,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--limit", type=int, default=50_000)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--ready", action="store_true", help="tokenize and pack what was made, too")
     parser.add_argument("--run-id", default=None)
     parser.add_argument("--out", type=Path, default=None, help="a .jsonl file to append the line to")
     args = parser.parse_args()
     if args.what == "make":
         make(args.folder, args.rows)
         return
-    found = whet(args.folder, args.workers) if args.what == "whet" else plain(args.folder, args.limit)
+    found = whet(args.folder, args.workers, args.ready) if args.what == "whet" else plain(args.folder, args.limit)
     size = sum(path.stat().st_size for path in args.folder.glob("rows-*.jsonl"))
     line = {
         "kind": "data_prep",

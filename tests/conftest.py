@@ -16,6 +16,17 @@ from tests.road import as_loud_as_before, here  # noqa: F401
 
 torch.set_num_threads(1)  # tiny models: threads would only wait for each other, and for other test processes
 
+LONG = (
+    "test_killed.py test_readme.py test_no_network.py test_resume.py test_compiled.py test_finetune.py "
+    "test_worked_example.py test_prep.py test_evaluated_runs.py test_watch.py test_pipeline.py"
+).split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long go first: a process takes a file whole, and one begun last would be waited for."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
