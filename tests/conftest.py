@@ -16,10 +16,10 @@ from tests.road import as_loud_as_before, here  # noqa: F401
 
 torch.set_num_threads(1)  # tiny models: threads would only wait for each other, and for other test processes
 
-LONG = (
-    "test_killed.py test_readme.py test_no_network.py test_resume.py test_compiled.py test_finetune.py "
-    "test_worked_example.py test_prep.py test_evaluated_runs.py test_watch.py test_pipeline.py"
-).split()
+LONG = [
+    *("test_killed.py", "test_readme.py", "test_no_network.py", "test_resume.py", "test_compiled.py"),
+    *("test_finetune.py", "test_worked_example.py", "test_prep.py", "test_evaluated_runs.py", "test_watch.py"),
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
