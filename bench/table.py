@@ -131,6 +131,31 @@ def blocks_row(line: Line, lines: list[Line]) -> list[str]:
     return [line["type"], f"{line['gaussian']:.4f}", f"{line['heavy_tails']:.4f}", *where(line)]
 
 
+def proof_row(line: Line, lines: list[Line]) -> list[str]:
+    half = line["share_at_half"]
+    return [
+        line["format"],
+        f"{line['kl']:.2g} (base: {line['base_kl']:.2g})",
+        f"{line['tail']:.2g}",
+        f"{line['top1']:.1%}",
+        f"{line['share']:.3f}",
+        f"{half:.3f}" if half is not None else "-",
+        *where(line),
+    ]
+
+
+def gguf_logits_row(line: Line, lines: list[Line]) -> list[str]:
+    return [
+        line["family"],
+        str(len(line["cases"])),
+        f"{line['max_difference']:.1e}",
+        f"{line['spread']:.2g}",
+        f"{line['kl']:.1e}",
+        f"{line['top_1']:.2%}",
+        *where(line),
+    ]
+
+
 def parity_row(line: Line, lines: list[Line]) -> list[str]:
     def cell(part: str) -> str:
         peer = line.get("plain")
@@ -313,6 +338,30 @@ KINDS: dict[str, tuple[list[str], Row]] = {
         fp8_row,
     ),
     "blocks": (["type", "Gaussian", "heavy tails (Student t, 3 degrees)", *ORIGIN], blocks_row),
+    "proof": (
+        [
+            "format",
+            "KL a token",
+            "99th percentile",
+            "same likeliest token",
+            "adapter's share",
+            "merged at half",
+            *ORIGIN,
+        ],
+        proof_row,
+    ),
+    "gguf_logits": (
+        [
+            "family",
+            "parts tried",
+            "largest difference",
+            "logits' spread",
+            "KL a token",
+            "same likeliest token",
+            *ORIGIN,
+        ],
+        gguf_logits_row,
+    ),
     "parity": (["family", "base", "against", "loss", "logits", "gradients", *ORIGIN], parity_row),
     "accuracy": (
         [

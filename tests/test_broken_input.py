@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoConfig, OlmoForCausalLM
 
 from tests.road import RECIPE, Here, Told, prepared, runs_in, write_recipe, write_rows
 from whet.runs.store import Run
@@ -73,7 +73,7 @@ def test_a_folder_as_recipe(folder: Path, here: Here) -> None:
         (TEXT.replace("max_steps: 2", "max_steps: .inf"), "train.max_steps"),
         (TEXT.replace("r: 4", "r: 0"), "recipe.yaml:7: adapter.r: input should be greater than or equal to 1, not 0"),
         (TEXT.replace("load: 32bit", "load: nf5"), "did you mean 'nf4'?"),
-        (TEXT + "export: {gguf: [q4_k_x]}\n", "did you mean 'q4_k_m'?"),
+        (TEXT + "export: {gguf: [q4_km]}\n", "did you mean 'q4_k_m'?"),
         (TEXT.replace("tokens_per_step: 128", "tokens_per_step: 63"), "use tokens_per_step: 128"),
         (TEXT.replace("rows.jsonl", "row.jsonl"), "recipe.yaml:11: data.sources.0.path: no file matches 'row.jsonl'"),
         (TEXT.replace("rows.jsonl", "."), "1 of 2 files of kinds that cannot be read: .yaml (1)"),
@@ -219,13 +219,13 @@ def test_a_model_that_gguf_cannot_hold(folder: Path, tiny_llama: Path, here: Her
     """Catches the refusal coming after hours of training."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = Qwen2Config(vocab_size=512, num_key_value_heads=2, eos_token_id=tokenizer.eos_token_id, **sizes)
-    Qwen2ForCausalLM(config).save_pretrained(folder / "model")
+    config = OlmoConfig(vocab_size=512, num_key_value_heads=2, eos_token_id=tokenizer.eos_token_id, **sizes)
+    OlmoForCausalLM(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     write_recipe(folder, {"model.base": "./model", "export.gguf": ["q8_0"]})
     told = here("run", "recipe.yaml", *arguments, cwd=folder)
     place = (folder / "model").resolve()
-    refused(told, folder, f"export.gguf, {place}: whet cannot write GGUF for the architecture Qwen2ForCausalLM")
+    refused(told, folder, f"export.gguf, {place}: whet cannot write GGUF for the architecture OlmoForCausalLM")
 
 
 def test_a_loss_that_is_no_number(folder: Path, tiny_llama: Path, here: Here) -> None:

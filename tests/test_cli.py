@@ -32,12 +32,15 @@ def test_help_names_every_verb(here: Here, tmp_path: Path) -> None:
     assert {command.name or command.callback.__name__ for command in cli.app.registered_commands} == {
         "prep",
         "eval",
+        "export",
+        "serve",
         "run",
         "schema",
         "exec",
         "version",
     }
-    for verb in ("prep", "run", "schema", "exec", "version", "data", "doctor", "eval", "runs", "judge", "ab"):
+    verbs = "prep run schema exec version data doctor eval export serve runs judge ab"
+    for verb in verbs.split():
         assert f" {verb} " in told.out
 
 

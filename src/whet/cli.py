@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from whet import cli_ab, cli_data, cli_doctor, cli_eval, cli_judge, cli_report, cli_runs
+from whet import cli_ab, cli_data, cli_doctor, cli_eval, cli_export, cli_judge, cli_report, cli_runs, cli_serve
 from whet.cli_quiet import quiet_libraries
 from whet.errors import WhetError, WhetErrors
 
@@ -32,6 +32,7 @@ app.command()(cli_data.prep)
 app.add_typer(cli_data.data, name="data")
 app.add_typer(cli_data.doctor, name="doctor")
 app.command("eval")(cli_eval.evaluate)
+app.command()(cli_export.export)
 app.add_typer(cli_runs.runs, name="runs")
 for verb in (cli_report.report, cli_report.compare, cli_report.track):
     cli_runs.runs.command()(verb)
@@ -39,6 +40,8 @@ cli_data.doctor.command("run")(cli_doctor.doctor_run)
 cli_data.doctor.command("rate")(cli_doctor.doctor_rate)
 app.add_typer(cli_judge.judge, name="judge")
 app.add_typer(cli_ab.ab, name="ab")
+app.command()(cli_serve.serve)
+app.add_typer(cli_serve.keys, name="keys")
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 

@@ -216,7 +216,7 @@ def save_pretrained_gguf(
     quantization_method: str | Sequence[str] = "q8_0",
     base: str = "dequantized",
 ) -> list[Path]:
-    """Write one GGUF file for each of `quantization_method` (f32, f16, bf16, q8_0, q4_k_m); returns their paths."""
+    """Write one GGUF file for each of `quantization_method` (q4_k_m, q8_0, ...: quant/gguf_mixes.py); their paths."""
     methods = [quantization_method] if isinstance(quantization_method, str) else list(quantization_method)
     return save_gguf(self, Path(save_directory), tokenizer, methods, base=base)
 

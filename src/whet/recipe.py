@@ -22,7 +22,10 @@ from whet.yaml_faults import Document, Kind, explain, read_yaml
 
 Format = Literal["auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text", "preference"]
 RECIPE = Kind("recipe", "`name:`, `model:` and `data:`", "`whet schema` prints every key")
-GGUFType = Literal["f32", "f16", "bf16", "q8_0", "q4_k_m"]
+GGUFType = Literal[
+    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0",
+    "q4_k_m", "q4_k_s", "q4_1", "q4_0", "iq4_nl", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k",
+]  # fmt: skip
 
 
 class Part(BaseModel):

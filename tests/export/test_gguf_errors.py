@@ -39,10 +39,9 @@ def _refused(model_dir: Path, match: str, quantization: str = "f16") -> None:
 CONFIG_FAULTS = {
     "another architecture": ({"architectures": ["GPT2LMHeadModel"]}, r"GPT2LMHeadModel(.|\n)*LlamaForCausalLM"),
     "no architecture": ({"architectures": None}, "leaves out"),
-    "a sliding window": ({"sliding_window": 4096}, "sliding_window = 4096"),
     "a quantized checkpoint": ({"quantization_config": {"load_in_4bit": True}}, "quantized"),
     "another activation": ({"hidden_act": "gelu"}, "gelu"),
-    "yarn rope": ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+    "dynamic rope": ({"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, "dynamic"),
     "partial rope": ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary"),
     "a wrong size": ({"intermediate_size": 480}, r"has shape \[512, 256\], but config.json implies \[480, 256\]"),
     "too many layers": ({"num_hidden_layers": 2}, r"lacks 9 tensors: model\.layers\.1"),

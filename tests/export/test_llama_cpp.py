@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from tests.export.tiny_models import save_tiny, token_ids
 from tests.llama_cpp import llama_cpp  # noqa: F401 - a fixture
 from whet.errors import WhetError
 from whet.export import llama_cpp as runner
+from whet.export.gguf import write_gguf
 
 
 def test_not_installed(tmp_path, monkeypatch):
@@ -62,3 +65,40 @@ def test_timeout(tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     with pytest.raises(WhetError, match=r"did not finish in 0\.01 s"):
         runner.tokenize(tmp_path / "m.gguf", ["a"], timeout=0.01)
+
+
+@pytest.mark.usefixtures("llama_cpp")
+def test_rows_of_logits(tmp_path):
+    """Catches rows that are of another token or sequence, and a batch's border (512 tokens) that shifts them."""
+    paths = [
+        write_gguf(save_tiny(tmp_path / n, "llama", seed=int(n)), tmp_path / f"{n}.gguf", "f16").path for n in "01"
+    ]
+    long, short = token_ids(600), token_ids(5, seed=1)
+    readings = [
+        runner.Reading(paths[0], short),
+        runner.Reading(paths[0], long, start=510),
+        runner.Reading(paths[1], short, start=4),
+        runner.Reading(paths[0], long[:512]),
+    ]
+    found = runner.read_logits(readings, threads=1)
+    assert [rows.shape for rows in found] == [(5, 604), (90, 604), (1, 604), (512, 604)]
+    assert np.abs(found[1][:2] - found[3][510:]).max() <= 1e-4
+    alone = runner.log_probabilities(paths[1], [short], threads=1)[0]
+    np.testing.assert_allclose(np.exp(alone).sum(axis=1), 1, rtol=1e-5)
+    of_the_row = found[2] - found[2].max()
+    assert np.abs(alone[4:] - alone[4:].max() - of_the_row).max() <= 1e-4
+    assert np.abs(alone - alone.max(axis=1, keepdims=True) - found[0] + found[0].max(axis=1, keepdims=True)).max() > 0.1
+
+
+@pytest.mark.parametrize("start", [-1, 3])
+def test_rows_outside_a_sequence(start, tmp_path):
+    with pytest.raises(WhetError, match=f"row {start} of 3 tokens"):
+        runner.logits(tmp_path / "m.gguf", [[1, 2, 3]], start=[start])
+
+
+@pytest.mark.usefixtures("llama_cpp")
+def test_a_token_outside_the_vocabulary(tmp_path):
+    """Catches a crash, or numbers of no meaning, where tokens and file do not belong together."""
+    path = write_gguf(save_tiny(tmp_path / "m", "llama"), tmp_path / "m.gguf", "f16").path
+    with pytest.raises(WhetError, match="token 604 is outside the file's vocabulary of 604"):
+        runner.logits(path, [[1, 604]], threads=1)

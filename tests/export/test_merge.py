@@ -185,9 +185,15 @@ def test_the_tokenizer_and_settings_come_along(llama: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("arguments", "where"),
-    [({"method": "merged"}, "save_method"), ({"base": "16bit"}, "base"), ({"method": "lora"}, "save_method='lora'")],
+    [
+        ({"method": "merged"}, "save_method"),
+        ({"base": "16bit"}, "base"),
+        ({"method": "lora"}, "save_method='lora'"),
+        ({"push_to_hub": True}, "push_to_hub"),
+        ({"max_shard_size": "big"}, "max_shard_size"),
+    ],
 )
-def test_arguments_that_can_not_be_had(llama: Path, tmp_path: Path, arguments: dict[str, str], where: str) -> None:
+def test_arguments_that_can_not_be_had(llama: Path, tmp_path: Path, arguments: dict[str, Any], where: str) -> None:
     model, _ = FastLanguageModel.from_pretrained(str(llama))
     with pytest.raises(WhetError) as caught:
         save_merged(model, tmp_path / "out", None, **arguments)

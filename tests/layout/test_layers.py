@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "plan": "models",
     "evals": "models data yaml_faults",
     "train": "kernels models data plan recipe runs",
-    "export": "models quant",
+    "export": "models quant data pages",
     "serve": "models data export",
     "language_model": "models export",
     "recipe_model": "recipe data models language_model",
@@ -54,7 +54,10 @@ MAY_IMPORT = {
     "cli_judge": EVERYTHING,
     "cli_eval": EVERYTHING,
     "cli_runs": EVERYTHING,
+    "cli_serve": EVERYTHING,
     "cli_doctor": EVERYTHING,
+    "cli_export": EVERYTHING,
+    "export_run": EVERYTHING,
 }
 REFUSED_MODULES = {"pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}
 REFUSED_CALLS = {"exec", "eval", "__import__", "torch.load", "inspect.getsource", "inspect.getsourcelines"}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from whet.errors import WhetError
-from whet.quant.gguf_types import TYPES, check_quantization, fitting_type, wanted_type
+from whet.quant.gguf_types import TYPES
 
 RNG = np.random.default_rng(0)
 GAUSSIAN = RNG.standard_normal((64, 1024)).astype(np.float32)
@@ -73,7 +73,7 @@ def _loss(x: np.ndarray, decoded: np.ndarray) -> float:
 # Relative root-mean-square errors. The plain grid search of scales that llama.cpp publishes gives q4_k 0.0717 and
 # 0.0927, q6_k 0.0177 and 0.0258 on such data; Q4_0, which uses as many bits as Q4_K, gives 0.0860 and 0.126.
 @pytest.mark.parametrize(
-    ("name", "gaussian", "heavy"), [("q8_0", 0.0055, 0.0092), ("q6_k", 0.0177, 0.0262), ("q4_k", 0.0714, 0.0935)]
+    ("name", "gaussian", "heavy"), [("q8_0", 0.0055, 0.0092), ("q6_k", 0.0172, 0.0250), ("q4_k", 0.0714, 0.0935)]
 )
 def test_error_is_as_small_as_a_good_search_makes_it(name, gaussian, heavy):
     """Catches a search that has stopped searching: plain min-max scales give q4_k 0.077."""
@@ -134,27 +134,3 @@ def test_refuses_what_overflows_its_scales(name, limit):
 def test_refuses_rows_that_do_not_divide():
     with pytest.raises(WhetError, match="blocks of 256"):
         TYPES["q4_k"].encode(np.ones((2, 288), np.float32))
-
-
-def test_mixture_follows_llama_cpp():
-    """The layers of a 32-layer model whose attn_v and ffn_down llama.cpp keeps at six bits."""
-    more = [i for i in range(32) if wanted_type("q4_k_m", f"blk.{i}.ffn_down.weight", 2, 32, False).name == "q6_k"]
-    assert more == [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31]
-    assert wanted_type("q4_k_m", "blk.0.attn_v.weight", 2, 32, False).name == "q6_k"
-    assert wanted_type("q4_k_m", "blk.0.attn_q.weight", 2, 32, False).name == "q4_k"
-    assert wanted_type("q4_k_m", "output.weight", 2, 32, False).name == "q6_k"
-    assert wanted_type("q4_k_m", "token_embd.weight", 2, 32, False).name == "q4_k"
-    assert wanted_type("q4_k_m", "token_embd.weight", 2, 32, True).name == "q6_k"
-    assert wanted_type("q4_k_m", "output_norm.weight", 1, 32, False).name == "f32"
-    assert wanted_type("q8_0", "blk.0.attn_q.bias", 1, 32, False).name == "f32"
-
-
-def test_rows_that_do_not_divide_fall_back():
-    assert fitting_type(TYPES["q4_k"], 512).name == "q4_k"
-    assert fitting_type(TYPES["q6_k"], 288).name == "q8_0"
-    assert fitting_type(TYPES["q4_k"], 100).name == "f16"
-
-
-def test_unknown_quantization_names_the_known_ones():
-    with pytest.raises(WhetError, match=r"q5_9(.|\n)*q4_k_m"):
-        check_quantization("q5_9")

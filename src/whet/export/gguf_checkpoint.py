@@ -1,4 +1,4 @@
-"""Reads the tensors of a safetensors checkpoint one at a time, single or sharded, as float32."""
+"""Reads the tensors of a safetensors checkpoint, single or sharded, one at a time or some rows of one."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from whet.errors import WhetError
-from whet.export.gguf_llama import read_json
+from whet.export.json_files import read_json
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 
@@ -42,9 +40,10 @@ class Checkpoint:
     ) -> None:
         self._stack.close()
 
-    def read(self, name: str) -> NDArray[np.float32]:
-        """The tensor as float32."""
-        return self._files[name].get_tensor(name).to(torch.float32).numpy()
+    def read(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
+        """The tensor, or some of its rows, as the file holds it. Only these rows are read."""
+        part: torch.Tensor = self._files[name].get_slice(name)[rows]
+        return part
 
     def _paths(self) -> list[Path]:
         single, index = self.folder / "model.safetensors", self.folder / "model.safetensors.index.json"

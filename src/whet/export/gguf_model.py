@@ -1,4 +1,4 @@
-"""From a model in memory to GGUF files: merge the adapter, then convert the merged folder once for each type."""
+"""From a model in memory to GGUF files: merge the adapter, then convert the merged folder to every type in one pass."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_utils import PreTrainedModel
 
 from whet.errors import WhetError
-from whet.export.gguf import write_gguf
-from whet.export.gguf_llama import read_config
+from whet.export.gguf import GGUFReport, write_ggufs
+from whet.export.gguf_architectures import architecture_of
 from whet.export.gguf_tokenizer import read_tokenizer
+from whet.export.imatrix import Imatrix
 from whet.export.merge import save_merged
 from whet.files import refused_when_full
+from whet.quant.gguf_mixes import check_quantization
 
 log = logging.getLogger("whet")
 
@@ -29,29 +31,36 @@ def save_gguf(
     quantizations: Sequence[str],
     *,
     base: str = "dequantized",
+    imatrix: Imatrix | None = None,
 ) -> list[Path]:
-    """Write `folder/model-TYPE.gguf` for each type, and return the paths.
+    """Write `folder/model-TYPE.gguf` for each type, and return the paths. imatrix: see `write_ggufs`.
 
     The merge is rounded to 16 bits first, as `merged_16bit` is, so that both hold the same weights; "f32" keeps fp32.
     """
-    paths = [folder / f"model-{name}.gguf" for name in quantizations]
-    with (
-        refused_when_full(folder),
-        tempfile.TemporaryDirectory(prefix="whet-", dir=_existing_parent(folder)) as scratch,
-    ):
-        merged: dict[torch.dtype | None, Path] = {}
-        for name, path in zip(quantizations, paths, strict=True):
-            dtype = torch.float32 if name == "f32" else None
-            if dtype not in merged:
-                merged[dtype] = Path(scratch) / str(dtype)
-                save_merged(model, merged[dtype], tokenizer, method="merged_16bit", base=base, dtype=dtype)
-            folder.mkdir(parents=True, exist_ok=True)
-            report = write_gguf(merged[dtype], path, name)
-            for tensor, kept in report.fallbacks.items():
-                log.warning("%s: %s is held as %s", path.name, tensor, kept)
-            for note in report.notes:
-                log.warning("%s: %s", path.name, note)
-    return paths
+    for name in quantizations:
+        check_quantization(name)
+    paths = {name: folder / f"model-{name}.gguf" for name in quantizations}
+    exact = {name: path for name, path in paths.items() if name == "f32"}
+    rounded = {name: path for name, path in paths.items() if name != "f32"}
+    for dtype, files in ((torch.float32, exact), (None, rounded)):
+        if files:
+            with (
+                refused_when_full(folder),
+                tempfile.TemporaryDirectory(prefix="whet-", dir=_existing_parent(folder)) as scratch,
+            ):
+                merged = Path(scratch) / folder.absolute().name
+                save_merged(model, merged, tokenizer, method="merged_16bit", base=base, dtype=dtype)
+                for report in write_ggufs(merged, files, imatrix=imatrix):
+                    _warn(report)
+    return list(paths.values())
+
+
+def _warn(report: GGUFReport) -> None:
+    """Say what was done otherwise than asked."""
+    for tensor, kept in report.fallbacks.items():
+        log.warning("%s: %s is held as %s", report.path.name, tensor, kept)
+    for note in report.notes:
+        log.warning("%s: %s", report.path.name, note)
 
 
 def check_convertible(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -62,7 +71,7 @@ def check_convertible(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBa
         type(config).from_dict(plain).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         try:
-            read_tokenizer(folder, read_config(folder).vocab)
+            read_tokenizer(folder, architecture_of(folder).config.vocab)
         except WhetError as error:
             raise WhetError(error.what, where=f"export.gguf, {config._name_or_path}", fix=error.fix) from error
 

@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from whet.errors import WhetError
 
 VERSION = "3.22.1"
@@ -38,6 +41,19 @@ class Generation:
     token_ids: list[int]
     text: str
     stopped: bool
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A sequence to be read by the model in a file, and the first position whose logits are wanted.
+
+    adapter: a GGUF adapter to put on the model.
+    """
+
+    gguf: Path
+    tokens: Sequence[int]
+    start: int = 0
+    adapter: Path | None = None
 
 
 def default_folder() -> Path:
@@ -78,7 +94,14 @@ def install(folder: Path | None = None, *, timeout: float = 600) -> Path:
 
 def tokenize(gguf: Path, texts: Sequence[str], *, timeout: float = 120) -> list[list[int]]:
     """The token ids llama.cpp gives each text, special tokens parsed, no BOS or EOS added."""
-    return _run({"gguf": _existing(gguf), "tokenize": list(texts)}, timeout)["tokens"]
+    return tokenize_each([(gguf, texts)], timeout=timeout)[0]
+
+
+def tokenize_each(readings: Sequence[tuple[Path, Sequence[str]]], *, timeout: float = 120) -> list[list[list[int]]]:
+    """`tokenize` for several files, by one process."""
+    wanted = [{"gguf": _existing(gguf), "texts": list(texts)} for gguf, texts in readings]
+    tokens: list[list[list[int]]] = _run({"tokenize": wanted}, timeout)["tokens"]
+    return tokens
 
 
 def generate(
@@ -108,6 +131,75 @@ def generate(
     ]
 
 
+def logits(
+    gguf: Path,
+    sequences: Sequence[Sequence[int]],
+    *,
+    start: Sequence[int] | None = None,
+    threads: int | None = None,
+    timeout: float = 600,
+) -> list[NDArray[np.float32]]:
+    """What llama.cpp gives every token of the vocabulary to come next: float32 [tokens - start, vocabulary] a sequence.
+
+    Row i is after tokens 0 to start + i. start: the first row wanted of each sequence, as where its answer begins; 0.
+    Otherwise as `read_logits`.
+    """
+    starts = [0] * len(sequences) if start is None else list(start)
+    readings = [Reading(gguf, tokens, first) for tokens, first in zip(sequences, starts, strict=True)]
+    return read_logits(readings, threads=threads, timeout=timeout)
+
+
+def read_logits(
+    readings: Sequence[Reading], *, threads: int | None = None, timeout: float = 600
+) -> list[NDArray[np.float32]]:
+    """The logits of sequences in one file or several, float32 [tokens - start, vocabulary] each, by one process.
+
+    On the CPU, keys and values in float32, no flash attention: nothing is rounded but what the files' types round.
+    Meanwhile the rows lie in a temporary file: 4 bytes times the vocabulary a token.
+    Raises WhetError where llama.cpp is not installed, fails (its messages are in the error), or runs out of time.
+    """
+    for reading in readings:
+        if not 0 <= reading.start < len(reading.tokens):
+            raise WhetError(
+                f"row {reading.start} of {len(reading.tokens)} tokens", where="start", fix="start within the sequence"
+            )
+    if not readings:
+        return []
+    with tempfile.TemporaryDirectory(prefix="whet-") as scratch:
+        out = Path(scratch) / "logits"
+        wanted = [
+            {
+                "gguf": _existing(r.gguf),
+                "adapter": r.adapter and _existing(r.adapter),
+                "tokens": [int(token) for token in r.tokens],
+                "start": r.start,
+            }
+            for r in readings
+        ]
+        reply = _run({"logits": wanted, "out": str(out), "threads": threads}, timeout)
+        shapes = [(len(r.tokens) - r.start, size) for r, size in zip(readings, reply["vocabularies"], strict=True)]
+        with open(out, "rb") as file:
+            return [np.fromfile(file, np.float32, rows * columns).reshape(rows, columns) for rows, columns in shapes]
+
+
+def log_probabilities(
+    gguf: Path,
+    sequences: Sequence[Sequence[int]],
+    *,
+    start: Sequence[int] | None = None,
+    threads: int | None = None,
+    timeout: float = 600,
+) -> list[NDArray[np.float32]]:
+    """The natural logarithm of the probability of every next token, as `logits` gives them."""
+    return [_log_softmax(rows) for rows in logits(gguf, sequences, start=start, threads=threads, timeout=timeout)]
+
+
+def _log_softmax(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    shifted = rows - rows.max(axis=1, keepdims=True)
+    result: NDArray[np.float32] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return result
+
+
 def _existing(gguf: Path) -> str:
     if not Path(gguf).is_file():
         raise WhetError("the GGUF file is missing", where=str(gguf), fix="export the model first")
@@ -122,6 +214,9 @@ def _run(request: dict[str, Any], timeout: float) -> dict[str, Any]:
             where=str(default_folder()),
             fix="run whet.export.llama_cpp.install(), or set WHET_NODE to the folder it is in",
         )
+    where = request.get("gguf") or ", ".join(
+        dict.fromkeys(reading["gguf"] for reading in request.get("tokenize") or request["logits"])
+    )
     request = {**request, "packages": str(folder / "node_modules")}
     try:
         done = subprocess.run(
@@ -135,13 +230,12 @@ def _run(request: dict[str, Any], timeout: float) -> dict[str, Any]:
         )
     except subprocess.TimeoutExpired:
         raise WhetError(
-            f"llama.cpp did not finish in {timeout:g} s", where=request["gguf"], fix="give a longer timeout"
+            f"llama.cpp did not finish in {timeout:g} s", where=where, fix="give a longer timeout"
         ) from None
     if done.returncode != 0:
-        raise WhetError(
-            f"llama.cpp failed (exit code {done.returncode}):\n{done.stderr.strip()}", where=request["gguf"]
-        )
-    return json.loads(done.stdout)
+        raise WhetError(f"llama.cpp failed (exit code {done.returncode}):\n{done.stderr.strip()}", where=where)
+    reply: dict[str, Any] = json.loads(done.stdout)
+    return reply
 
 
 def _binary() -> str:

@@ -1,116 +1,36 @@
-"""The GGUF tensor types whet writes, and which tensor of a model gets which.
-
-A quantization such as `q4_k_m` is a mixture: matrices that hurt most when rounded get more bits. The rule is
-llama.cpp's for Llama models: Q6_K for the output matrix (the token embedding where the two are tied), and for attn_v
-and ffn_down in the first and last eighth of the layers and in every third between; Q4_K for every other matrix; F32
-for vectors. Rows that do not divide into super-blocks of 256 fall back to Q8_0, and to F16 where 32 does not divide
-them either; the caller reports it.
-"""
+"""The GGUF tensor types whet writes. Which tensor of a model gets which: `gguf_mixes.py`."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from gguf import GGMLQuantizationType as _QT
 
-import numpy as np
-from gguf import GGMLQuantizationType, LlamaFileType
+from whet.quant import floats, k_quants, legacy
+from whet.quant.blocks import ByteArray, FloatArray, GGUFType
 
-from whet.errors import WhetError
-from whet.quant import floats, q4_k, q6_k, q8_0
-from whet.quant.blocks import ByteArray, FloatArray
+__all__ = ["TYPES", "ByteArray", "FloatArray", "GGUFType"]
 
 # Half the distance between the smallest numbers of each format.
-_FP16_HALF_STEP = 2.0**-25
-_BF16_HALF_STEP = 2.0**-134
+_FP16 = 2.0**-25
+_BF16 = 2.0**-134
+_F16_MAX = floats.F16_MAX_ABS
 
-
-@dataclass(frozen=True)
-class GGUFType:
-    """One tensor type: how to encode and decode it, and how far a decoded weight may lie from its source.
-
-    relative: error bound as a fraction of the largest magnitude in the block.
-    absolute: added to it; what fp16 scales near zero lose.
-    """
-
-    name: str
-    ggml: GGMLQuantizationType
-    block_size: int
-    block_bytes: int
-    encode: Callable[[FloatArray], ByteArray]
-    decode: Callable[[ByteArray], FloatArray]
-    relative: float
-    absolute: float
-
-    def row_bytes(self, cols: int) -> int:
-        """Bytes of a row of `cols` weights; `cols` is a multiple of the block size."""
-        return cols // self.block_size * self.block_bytes
-
-    def error_bound(self, x: FloatArray) -> FloatArray:
-        """The largest permitted |decoded - x| of each block of x [rows, cols]: [blocks, 1]."""
-        largest = np.abs(x.reshape(-1, self.block_size)).max(1, keepdims=True)
-        return largest * np.float32(self.relative) + np.float32(self.absolute)
-
-
-_QT = GGMLQuantizationType
-TYPES: dict[str, GGUFType] = {
-    t.name: t
-    for t in (
-        GGUFType("f32", _QT.F32, 1, 4, floats.encode_f32, floats.decode_f32, 0.0, 0.0),
-        GGUFType("f16", _QT.F16, 1, 2, floats.encode_f16, floats.decode_f16, 2.0**-11, _FP16_HALF_STEP),
-        GGUFType("bf16", _QT.BF16, 1, 2, floats.encode_bf16, floats.decode_bf16, 2.0**-8, _BF16_HALF_STEP),
-        # Half a step of max / 127, and the rounding of d to fp16.
-        GGUFType("q8_0", _QT.Q8_0, 32, 34, q8_0.encode, q8_0.decode, 0.5 / 127 + 2.0**-10, 127 * _FP16_HALF_STEP),
-        # Half a step of 2 max / 15, the 6-bit rounding of scale and offset, and what the search may clip.
-        GGUFType("q4_k", _QT.Q4_K, 256, 144, q4_k.encode, q4_k.decode, 0.15, 63 * 16 * _FP16_HALF_STEP),
-        # Half a step of max / 32, the int8 rounding of the scale, and what the search may clip.
-        GGUFType("q6_k", _QT.Q6_K, 256, 210, q6_k.encode, q6_k.decode, 0.05, 128 * 32 * _FP16_HALF_STEP),
-    )
-}
-
-# The quantizations a user may name, and the file type that GGUF's metadata records for them.
-QUANTIZATIONS: dict[str, LlamaFileType] = {
-    "f32": LlamaFileType.ALL_F32,
-    "f16": LlamaFileType.MOSTLY_F16,
-    "bf16": LlamaFileType.MOSTLY_BF16,
-    "q8_0": LlamaFileType.MOSTLY_Q8_0,
-    "q4_k_m": LlamaFileType.MOSTLY_Q4_K_M,
-}
-
-
-def check_quantization(name: str) -> None:
-    """Raise WhetError unless `name` is a quantization whet writes."""
-    if name not in QUANTIZATIONS:
-        raise WhetError(
-            f"whet writes no GGUF quantization {name!r}",
-            where="quantization",
-            fix=f"choose one of {', '.join(QUANTIZATIONS)}",
-        )
-
-
-def wanted_type(quantization: str, tensor: str, dims: int, layers: int, tied: bool) -> GGUFType:
-    """The type that `quantization` gives a tensor, before asking whether its rows fit.
-
-    tensor: GGUF name, as in `blk.3.attn_v.weight`. dims: 1 for vectors. tied: the token embedding is also the output.
-    """
-    if dims == 1:
-        return TYPES["f32"]
-    if quantization != "q4_k_m":
-        return TYPES[quantization]
-    if tensor == ("token_embd.weight" if tied else "output.weight"):
-        return TYPES["q6_k"]
-    match = re.fullmatch(r"blk\.(\d+)\.(attn_v|ffn_down)\.weight", tensor)
-    return TYPES["q6_k" if match and _gets_more_bits(int(match[1]), layers) else "q4_k"]
-
-
-def _gets_more_bits(layer: int, layers: int) -> bool:
-    eighth = layers // 8
-    return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
-
-
-def fitting_type(wanted: GGUFType, cols: int) -> GGUFType:
-    """`wanted`, or the type that serves instead when rows of `cols` weights do not divide into its blocks."""
-    for candidate in (wanted, TYPES["q8_0"], TYPES["f16"]):
-        if cols % candidate.block_size == 0:
-            return candidate
-    raise AssertionError("f16 has blocks of one weight")
+_f, _l, _k = floats, legacy, k_quants
+# Columns: name, ggml's type, weights and bytes a block, encoder, decoder, largest magnitude, and three error bounds:
+# half a step of the grid, the rounding of scales, and what the search may clip.
+_ALL = (
+    GGUFType("f32", _QT.F32, 1, 4, _f.encode_f32, _f.decode_f32, _f.F32_MAX_ABS, 0.0, 0.0, 0.0),
+    GGUFType("f16", _QT.F16, 1, 2, _f.encode_f16, _f.decode_f16, _F16_MAX, 2.0**-11, 2.0**-11, _FP16),
+    GGUFType("bf16", _QT.BF16, 1, 2, _f.encode_bf16, _f.decode_bf16, _f.BF16_MAX_ABS, 2.0**-8, 2.0**-8, _BF16),
+    GGUFType("q8_0", _QT.Q8_0, 32, 34, _l.encode_q8_0, _l.decode_q8_0, 127 * _F16_MAX, 0.005, 0.005, 127 * _FP16),
+    GGUFType("q4_0", _QT.Q4_0, 32, 18, _l.encode_q4_0, _l.decode_q4_0, 8 * _F16_MAX, 0.13, 0.5, 8 * _FP16),
+    GGUFType("q4_1", _QT.Q4_1, 32, 20, _l.encode_q4_1, _l.decode_q4_1, _F16_MAX, 0.07, 0.9, 16 * _FP16),
+    GGUFType("q5_0", _QT.Q5_0, 32, 22, _l.encode_q5_0, _l.decode_q5_0, 16 * _F16_MAX, 0.065, 0.5, 16 * _FP16),
+    GGUFType("q5_1", _QT.Q5_1, 32, 24, _l.encode_q5_1, _l.decode_q5_1, _F16_MAX, 0.035, 0.9, 32 * _FP16),
+    GGUFType("iq4_nl", _QT.IQ4_NL, 32, 18, _l.encode_iq4_nl, _l.decode_iq4_nl, 127 * _F16_MAX, 0.25, 0.5, 127 * _FP16),
+    GGUFType("q2_k", _QT.Q2_K, 256, 84, _k.encode_q2_k, _k.decode_q2_k, 15 * _F16_MAX, 0.6, 0.9, 15 * 4 * _FP16),
+    GGUFType("q3_k", _QT.Q3_K, 256, 110, _k.encode_q3_k, _k.decode_q3_k, 120 * _F16_MAX, 0.4, 0.6, 32 * 4 * _FP16),
+    GGUFType("q4_k", _QT.Q4_K, 256, 144, _k.encode_q4_k, _k.decode_q4_k, 60 * _F16_MAX, 0.15, 0.9, 63 * 16 * _FP16),
+    GGUFType("q5_k", _QT.Q5_K, 256, 176, _k.encode_q5_k, _k.decode_q5_k, 60 * _F16_MAX, 0.1, 0.9, 63 * 32 * _FP16),
+    GGUFType("q6_k", _QT.Q6_K, 256, 210, _k.encode_q6_k, _k.decode_q6_k, 3810 * _F16_MAX, 0.05, 0.5, 4096 * _FP16),
+)
+TYPES: dict[str, GGUFType] = {kind.name: kind for kind in _ALL}

@@ -1,0 +1,254 @@
+"""A GGUF file, as llama.cpp runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf.quants import dequantize
+from torch import Tensor
+from torch.nn.functional import embedding, linear
+
+from whet.errors import WhetError
+from whet.export import llama_cpp
+from whet.export.gguf import verify
+from whet.export.gguf_architectures import Architecture, SourceTensor, architecture_of
+from whet.export.gguf_checkpoint import Checkpoint
+from whet.export.gguf_plan import checked_tensors, plan_file
+from whet.export.proof.behaviour import Answer
+from whet.export.proof.checks import Check
+from whet.export.proof.identity import SPECIAL, added_check, same_ends, sizes_check, template_check
+from whet.export.proof.reference import ANSWER, Asked, LogProbs, Reference
+from whet.quant.gguf_mixes import MIXES
+
+TEMPLATE = "tokenizer.chat_template"
+NAMES = {"unk": "unknown", "pad": "padding"}
+"""GGUF's names of special tokens, where they are not transformers'."""
+
+ENDS = ("eos", "eot", "eom")
+TIMEOUT = 3600
+"""Seconds that llama.cpp may take for all prompts: on a CPU, tens of tokens a second at 8B."""
+
+
+class GGUFFile:
+    """The artifact `path`, of a GGUF quantization, written from the folder `made_from`, with an imatrix or without."""
+
+    engine = f"llama.cpp (node-llama-cpp {llama_cpp.VERSION})"
+
+    def __init__(
+        self,
+        path: Path,
+        format: str,
+        reference: Reference,
+        made_from: Path,
+        *,
+        imatrix: bool = False,
+        threads: int | None = None,
+    ):
+        self.path, self.format, self.reference, self.made_from = path, format, reference, made_from
+        self.imatrix, self.threads = imatrix, threads
+
+    def static_checks(self) -> list[Check]:
+        """File, types, metadata, sizes, tokenizer, tensors: all that can be told without running it."""
+        file = self._file_check()
+        if not file.passed:
+            return [file]
+        return [
+            file,
+            self._types_check(),
+            self._metadata_check(),
+            sizes_check(self.reference, self._rows("token_embd.weight"), self._rows(self._head)),
+            self._vocabulary_check(),
+            added_check(*self._added()),
+            same_ends(self.reference, self._ends()),
+            self._special_check(),
+            template_check(self.reference, self._template()),
+            self._tensors_check(),
+        ]
+
+    def engine_checks(self) -> list[Check]:
+        """Nothing beyond what it says: a file that llama.cpp can't load is found when it is asked for tokens."""
+        return []
+
+    # ---------------------------------------------------------------- what it says
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        return llama_cpp.tokenize(self.path, texts)
+
+    def log_probs(self, asked: Sequence[Asked]) -> list[LogProbs]:
+        ids, start = [one.ids for one in asked], [one.start for one in asked]
+        return llama_cpp.log_probabilities(self.path, ids, start=start, threads=self.threads, timeout=TIMEOUT)
+
+    def answers(self, asked: Sequence[Asked]) -> list[Answer]:
+        prompts = [one.prompt for one in asked]
+        found = llama_cpp.generate(self.path, prompts, max_new_tokens=ANSWER, threads=self.threads, timeout=TIMEOUT)
+        return [Answer(one.token_ids, one.stopped) for one in found]
+
+    def layer(self, name: str, x: Tensor) -> Tensor:
+        """The outputs of the layer that transformers calls `name`, in its order of rows, for inputs x."""
+        weight = self._weight(f"{name}.weight")
+        if not x.is_floating_point():
+            return embedding(x, weight)
+        bias = self._weight(f"{name}.bias") if f"{name}.bias" in self._sources else None
+        return linear(x.float(), weight, bias)
+
+    def _weight(self, source: str) -> Tensor:
+        """A tensor decoded by the gguf package, which is not what encoded it; rows in transformers' order."""
+        tensor = self._sources["model.embed_tokens.weight" if source not in self._sources else source]
+        written = self._written[tensor.name]
+        x = dequantize(written.data, written.tensor_type).reshape(tensor.shape)
+        order = tensor.convert(np.arange(len(x), dtype=np.float32)) - np.float32(tensor.offset)
+        return torch.from_numpy(np.ascontiguousarray(x[np.argsort(order)] - np.float32(tensor.offset)))
+
+    # ---------------------------------------------------------------- its parts
+
+    @cached_property
+    def _reader(self) -> Any:
+        return gguf.GGUFReader(self.path)
+
+    @cached_property
+    def _written(self) -> dict[str, Any]:
+        return {tensor.name: tensor for tensor in self._reader.tensors}
+
+    @cached_property
+    def _architecture(self) -> Architecture:
+        return architecture_of(self.made_from)
+
+    @cached_property
+    def _sources(self) -> dict[str, SourceTensor]:
+        """The tensors that the file should hold, by their names in the folder it was made from."""
+        with Checkpoint(self.made_from) as checkpoint:
+            return {tensor.source: tensor for tensor in checked_tensors(self._architecture, checkpoint)}
+
+    @property
+    def _head(self) -> str:
+        """The tensor that is the head: the embedding, where there is no other."""
+        return "output.weight" if "output.weight" in self._written else "token_embd.weight"
+
+    def _rows(self, name: str) -> int:
+        return int(self._written[name].shape[-1]) if name in self._written else 0
+
+    def _value(self, key: str) -> Any:
+        field = self._reader.fields.get(key)
+        return None if field is None else field.contents()
+
+    # ---------------------------------------------------------------- checks
+
+    def _file_check(self) -> Check:
+        """The file parses and ends where its last tensor does."""
+        try:
+            tensors = self._reader.tensors
+            ends = max(int(tensor.data_offset) + int(tensor.n_bytes) for tensor in tensors)
+        except (OSError, ValueError, KeyError, IndexError) as error:
+            return Check("file", False, f"it is damaged or cut short: {error}")
+        size = self.path.stat().st_size
+        padded = -(-ends // gguf.GGUF_DEFAULT_ALIGNMENT) * gguf.GGUF_DEFAULT_ALIGNMENT
+        passed = ends <= size <= padded
+        told = f"{len(tensors)} tensors in {size:,} bytes"
+        return Check("file", passed, told if passed else f"{told}, and they end at byte {ends:,}")
+
+    def _types_check(self) -> Check:
+        """The file's type, and each tensor's, are those that the quantization asks for."""
+        plan = plan_file(self.path, self.format, self._architecture, list(self._sources.values()), self.imatrix)
+        expected = {tensor.name: kind.ggml for tensor, kind in zip(plan.tensors, plan.types, strict=True)}
+        other = [
+            name for name, kind in expected.items() if name in self._written and self._written[name].tensor_type != kind
+        ]
+        if other:
+            name = other[0]
+            told = f"{name} is {self._written[name].tensor_type.name}, not {expected[name].name}"
+            return Check("types", False, f"{len(other)} tensors have other types than {self.format} gives them: {told}")
+        file_type = self._value("general.file_type")
+        passed = file_type == MIXES[self.format].file_type
+        what = f"{len(expected)} tensors have the types of {self.format}"
+        return Check("types", passed, what if passed else f"the file says its type is {file_type}, not {self.format}")
+
+    def _metadata_check(self) -> Check:
+        """The architecture's keys, as the model's config implies them: rope base, heads, norm's epsilon, windows."""
+        writer = gguf.GGUFWriter(None, self._architecture.gguf_name)
+        self._architecture.add_metadata(writer)
+        expected = {key: value.value for key, value in writer.kv_data[0].items()}
+        other = [key for key, value in expected.items() if not _same(self._value(key), value)]
+        extra = [
+            key
+            for key in self._reader.fields
+            if key.startswith(f"{self._architecture.gguf_name}.") and key not in expected
+        ]
+        wrong = sorted([*other, *extra])
+        what = f"{', '.join(wrong)} not as the model's config implies" if wrong else f"{len(expected)} keys are right"
+        return Check("metadata", not wrong, what)
+
+    def _vocabulary_check(self) -> Check:
+        """Each token of the tokenizer is there under its id."""
+        tokens = self._value("tokenizer.ggml.tokens") or []
+        expected = {index: text for text, index in self.reference.tokenizer.get_vocab().items()}
+        other = [i for i, text in expected.items() if i >= len(tokens) or not _same_token(tokens[i], text)]
+        if other:
+            first = min(other)
+            return Check("vocabulary", False, f"{len(other)} tokens are other ones, {expected[first]!r} first")
+        return Check("vocabulary", True, f"{len(expected):,} tokens have their ids")
+
+    def _added(self) -> tuple[dict[int, Any], dict[int, Any]]:
+        """Added tokens by id, as the tokenizer has them and as the file has them: text, and whether it is special."""
+        tokens = self._value("tokenizer.ggml.tokens") or []
+        types = self._value("tokenizer.ggml.token_type") or []
+        # llama.cpp makes runs of blanks, "▁▁", by merging; as added tokens it would write them out as "▁▁".
+        added = self.reference.tokenizer.added_tokens_decoder
+        known = {index: token for index, token in added.items() if "▁" not in token.content}
+        special = {gguf.TokenType.CONTROL: True, gguf.TokenType.UNKNOWN: True, gguf.TokenType.USER_DEFINED: False}
+        found = {
+            index: (
+                known[index].content if _same_token(tokens[index], known[index].content) else tokens[index],
+                special[gguf.TokenType(types[index])],
+            )
+            for index in known
+            if index < min(len(tokens), len(types)) and gguf.TokenType(types[index]) in special
+        }
+        return {index: (token.content, token.special) for index, token in known.items()}, found
+
+    def _ends(self) -> frozenset[int]:
+        found = (self._value(f"tokenizer.ggml.{name}_token_id") for name in ENDS)
+        return frozenset(index for index in found if index is not None)
+
+    def _special_check(self) -> Check:
+        """Special tokens have the ids that the tokenizer gives them."""
+        tokenizer = self.reference.tokenizer
+        expected = {name: getattr(tokenizer, f"{name}_token_id") for name in SPECIAL}
+        found = {name: self._value(f"tokenizer.ggml.{NAMES.get(name, name)}_token_id") for name in SPECIAL}
+        other = [name for name in SPECIAL if expected[name] is not None and expected[name] != found[name]]
+        what = f"{', '.join(other)} other than the tokenizer's" if other else "special tokens have their ids"
+        return Check("special tokens", not other, what)
+
+    def _template(self) -> str | dict[str, str] | None:
+        """The chat template, or the named ones with the default among them."""
+        names = self._value("tokenizer.chat_templates") or []
+        default = self._value(TEMPLATE)
+        if not names:
+            return default
+        named = {name: self._value(f"{TEMPLATE}.{name}") for name in names}
+        return named if default is None else {"default": default, **named}
+
+    def _tensors_check(self) -> Check:
+        """Every tensor decodes to within its type's error bound of the folder that it was made from."""
+        try:
+            verify(self.path, self.made_from)
+        except WhetError as error:
+            return Check("tensors", False, error.what)
+        return Check("tensors", True, f"{len(self._written)} tensors decode to what they were made from")
+
+
+def _same(found: Any, expected: Any) -> bool:
+    """Whether a value of the file is the expected one; floats as fp32 holds them."""
+    if isinstance(expected, float):
+        return isinstance(found, float) and np.float32(found) == np.float32(expected)
+    return found == (list(expected) if isinstance(expected, tuple) else expected)
+
+
+def _same_token(found: str, expected: str) -> bool:
+    """Whether two spellings name one token: SentencePiece's mark stands for a space in added tokens."""
+    return found == expected or found.replace("▁", " ") == expected.replace("▁", " ")
