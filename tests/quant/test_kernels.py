@@ -41,6 +41,14 @@ def test_compiled_and_torch_give_the_same_bytes(name: str, guided: bool) -> None
         np.testing.assert_array_equal(TYPES[name].encode(x, importance), encode_by_torch(TYPES[name], x, importance))
 
 
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_zeros_of_either_sign_give_the_same_bytes(name: str) -> None:
+    """Catches a compiler that gives a scale of 0 another sign."""
+    signs = np.random.default_rng(0).choice(np.array([0.0, -0.0], np.float32), (64, 256))
+    x = np.concatenate([signs, np.zeros((1, 256), np.float32), -np.zeros((1, 256), np.float32)])
+    np.testing.assert_array_equal(TYPES[name].encode(x), encode_by_torch(TYPES[name], x))
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(QUANTIZED), BLOCKS, st.none() | IMPORTANCES)
 def test_any_block_is_within_bounds_and_the_same_by_both(name: str, x: Floats, importance: Floats | None) -> None:

@@ -179,7 +179,7 @@ def _affine(
 def _symmetric(x: Tensor, h: Tensor | None, kernels: Kernels, grid: Symmetric) -> tuple[Tensor, Tensor, Tensor]:
     """d [n]; sc float32 [n, group]; q uint8 [n, 256]."""
     blocks, importance = x.view(-1, grid.n), None if h is None else h.reshape(-1, grid.n)
-    scale = kernels.symmetric_search(blocks, importance, grid).view(-1, grid.group)
+    scale = kernels.symmetric_search(blocks, importance, grid).view(-1, grid.group) + 0.0  # never -0, as in legacy
     d, sc = _multiples(scale, grid.unit_low, grid.unit_high)
     sc, q = kernels.symmetric_levels(blocks, importance, grid, d.repeat_interleave(grid.group), sc.flatten())
     return d, sc.view(-1, grid.group), q.view(-1, BLOCK_SIZE)

@@ -121,14 +121,14 @@ def decode_iq4_nl(data: Tensor) -> Tensor:
 
 
 def _symmetric(x: Tensor, h: Tensor | None, kernels: Kernels, grid: Symmetric) -> tuple[Tensor, Tensor]:
-    d = round_to_half(kernels.symmetric_search(x, h, grid))
+    d = round_to_half(kernels.symmetric_search(x, h, grid) + 0.0)  # never -0: which zero leads is up to the machine
     _, q = kernels.symmetric_levels(x, h, grid, d, torch.ones_like(d))
     return d, q
 
 
 def _affine(x: Tensor, h: Tensor | None, kernels: Kernels, grid: Affine) -> tuple[Tensor, Tensor, Tensor]:
     scale, offset = kernels.affine_search(x, h, grid)
-    d, m = round_to_half(scale), round_to_half(offset)
+    d, m = round_to_half(scale + 0.0), round_to_half(offset + 0.0)
     one = torch.ones_like(d)
     _, _, q = kernels.affine_levels(x, h, grid, d, -m, one, one)
     return d, m, q

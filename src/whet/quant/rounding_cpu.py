@@ -10,7 +10,8 @@ from torch import Tensor
 from whet.quant.rounding import BELOW_HALF
 from whet.quant.tiles import ONE, TINY, ZERO, Bytes, Floats, jit_with
 
-# Lets the least and greatest of a block be found in vectors. What is encoded holds no NaN; that was checked.
+# Lets the least and greatest of a block be found in vectors. What is encoded holds no NaN; that was checked. Which sign
+# a zero gets is then up to the compiler, so scales of 0 are set afterwards.
 _jit = jit_with(fastmath={"nnan", "nsz"})
 _BELOW_HALF, _HALF = np.float32(BELOW_HALF), np.float32(0.5)
 _FIFTEEN, _SIXTEEN = np.float32(15), np.float32(16)
@@ -21,6 +22,7 @@ def plain_int8(x: Tensor) -> Tensor:
     """As `rounding.plain_int8`, on the CPU."""
     d, out = np.empty(x.shape[0], np.float32), np.empty((x.shape[0], 34), np.uint8)
     _int8(x.numpy(), d, out.view(np.int8))
+    d[d == 0] = ZERO
     return _with_halves(out, d)
 
 
@@ -28,6 +30,7 @@ def plain_symmetric(x: Tensor, bits: int) -> Tensor:
     """As `rounding.plain_symmetric`, on the CPU."""
     d, out = np.empty(x.shape[0], np.float32), np.empty((x.shape[0], 2 + _payload_bytes(bits)), np.uint8)
     _symmetric(x.numpy(), 1 << bits - 1, d, out)
+    d[d == 0] = -ZERO
     return _with_halves(out, d)
 
 
@@ -36,6 +39,8 @@ def plain_affine(x: Tensor, bits: int) -> Tensor:
     d, m = np.empty(x.shape[0], np.float32), np.empty(x.shape[0], np.float32)
     out = np.empty((x.shape[0], 4 + _payload_bytes(bits)), np.uint8)
     _affine(x.numpy(), (1 << bits) - 1, d, m, out)
+    for scale in (d, m):
+        scale[scale == 0] = ZERO
     return _with_halves(out, d, m)
 
 
