@@ -16,8 +16,9 @@ SOURCE = ROOT / "src" / "whet"
 MODULES = sorted(SOURCE.rglob("*.py"))
 
 EVERYTHING = "*"
-COMMON = {"errors", "files", "units"}
+COMMON = {"addresses", "errors", "files", "units"}
 MAY_IMPORT = {
+    "addresses": "",
     "errors": "",
     "files": "",
     "units": "",

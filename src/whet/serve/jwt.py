@@ -13,7 +13,6 @@ What its bearer may do stands in the claims `scope` or `scp` (text or a list) an
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import json
 import logging
 import time
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from whet.addresses import is_loopback
 from whet.errors import WhetError
 from whet.serve.auth import ALL_ENDPOINTS, ENDPOINTS, Identity
 from whet.serve.errors import ApiError
@@ -272,12 +272,3 @@ async def fetch(url: str) -> bytes:
             if len(text) > SIZE:
                 raise ConnectionError(f"more than {SIZE} bytes")
         return text
-
-
-def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -20,11 +20,11 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from whet.addresses import is_loopback
 from whet.errors import WhetError
 from whet.serve.app import Parts, make_app
 from whet.serve.drain import Drain
 from whet.serve.interface import Engine
-from whet.serve.jwt import is_loopback
 
 CONNECTIONS = 4096
 HEAD_PATIENCE = 15.0

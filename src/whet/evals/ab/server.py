@@ -14,7 +14,6 @@ else depends on which system is where: were the systems exchanged and the sides 
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import socket
 import ssl
@@ -29,6 +28,7 @@ from fastapi.responses import JSONResponse
 from fastapi.telemetry import TelemetryConfig
 from starlette.exceptions import HTTPException
 
+from whet.addresses import is_loopback
 from whet.errors import WhetError
 from whet.evals.ab import grading, owning, pages
 from whet.evals.ab.desk import Desk
@@ -129,7 +129,7 @@ def serve(
 def _check_address(host: str, *, certificate: Path | None, url: str | None, plain_http: bool) -> None:
     if url is not None and (urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc):
         raise WhetError(f"{url!r} is no address", where="--url", fix="give one like https://ab.example.org")
-    if _loopback(host):
+    if is_loopback(host):
         return
     if certificate is None and not plain_http:
         fix = "give --certificate and --key, or --plain-http behind a proxy that does TLS or in a network you trust"
@@ -139,17 +139,8 @@ def _check_address(host: str, *, certificate: Path | None, url: str | None, plai
         raise WhetError("requests under any name would be taken", where=f"--host {host}", fix=fix)
 
 
-def _loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def _hosts(host: str, port: int, scheme: str, url: str | None) -> set[str]:
-    hosts = {_netloc(name, port, scheme) for name in ("127.0.0.1", "localhost", "::1")} if _loopback(host) else set()
+    hosts = {_netloc(name, port, scheme) for name in ("127.0.0.1", "localhost", "::1")} if is_loopback(host) else set()
     return hosts | {urlsplit(url).netloc.lower()} if url else hosts | {_netloc(host, port, scheme)}
 
 
