@@ -1,6 +1,6 @@
-"""Serving the built-in model to many streaming clients at once, by whet and by `transformers serve`, on this machine.
+"""Serving the built-in model to many streaming clients at once, by whet and by others' servers, on this machine.
 
-    python bench/serve.py [--clients 200] [--tokens 64] [--minutes 10] [--out bench/results/serve.jsonl]
+    python bench/serve.py [--clients 200] [--tokens 64] [--minutes 10] [--llama-server PATH] [--out FILE]
 
 Each client asks for something of its own, greedily, by OpenAI's chat API, and reads the stream. Lines of the output:
 
@@ -8,10 +8,12 @@ Each client asks for something of its own, greedily, by OpenAI's chat API, and r
                 seconds to the first piece and to the end, tokens a second
     memory      the same load again and again for some minutes, a third of the clients leaving in the middle of their
                 answer: the server's resident memory over time, and what it still holds at the end
-    throughput  the load of `streams` against each server in turn, three rounds, the best of each: whet, and
-                `transformers serve` with and without continuous batching
+    throughput  the load of `streams` against each server in turn, three rounds, the best of each: whet and
+                `transformers serve`, with continuous batching and without, on the model's folder in fp32; whet and
+                llama.cpp's own server on its GGUF file, in F32 too
 
-Servers run as processes of their own, on the same cores as the clients.
+llama.cpp's server is a program of its own, built from the same release as whet's llama.cpp: --llama-server says where
+it is. Servers run as processes of their own, on the same cores as the clients.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,8 +41,11 @@ import aiohttp
 import psutil
 from environment import ROOT, origin
 
+from whet.export.gguf import write_gguf
+
 MODEL = ROOT / "src" / "whet" / "builtin" / "tiny"
 TOPICS = ("rain", "bread", "a river", "two cats", "the moon", "a red door", "winter", "an old clock")
+CONTEXT = 256  # tokens of a question and its answer, more than enough
 LEAVERS = 3  # of so many clients one leaves early, in `memory`
 
 
@@ -71,6 +76,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--llama-server", type=Path, help="llama.cpp's own server; `throughput` needs it")
     parser.add_argument("--only", choices=("streams", "memory", "throughput"), action="append")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "serve.jsonl")
     asked = parser.parse_args()
@@ -134,28 +140,40 @@ async def memory(asked: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 async def throughput(asked: argparse.Namespace) -> list[dict[str, Any]]:
-    lines = []
-    for start in (whet, transformers_continuous, transformers_plain):
-        rounds = []
-        with start() as server:
-            await ask(server, 0, 4)
-            for _ in range(asked.rounds):
-                answers, seconds = await at_once(server, asked.clients, asked.tokens)
-                rounds.append((tokens_in(answers) / seconds, seconds, answers))
-        rate, seconds, answers = max(rounds, key=lambda of: of[0])
-        lines.append(
-            {
-                "what": "throughput",
-                "server": server.name,
-                "tokens_a_second": round(rate, 1),
-                "seconds": round(seconds, 2),
-                "rounds": [round(rate, 1) for rate, _, _ in rounds],
-                "first_piece": percentiles([answer.first for answer in answers]),
-                "whole_answer": percentiles([answer.seconds for answer in answers]),
-                "empty": sum(not answer.text for answer in answers),
-            }
-        )
-    return lines
+    if asked.llama_server is None:
+        raise SystemExit("throughput is measured beside llama.cpp's own server too: --llama-server PATH")
+    with tempfile.TemporaryDirectory() as folder:
+        gguf = write_gguf(MODEL, Path(folder) / "tiny.gguf", "f32").path
+        servers = [
+            whet(),
+            transformers_continuous(),
+            transformers_plain(),
+            whet("whet, llama.cpp", str(gguf)),
+            llama_cpp(asked.llama_server, gguf),
+            llama_cpp(asked.llama_server, gguf, at_once=32),
+        ]
+        return [await rates(server, asked) for server in servers]
+
+
+async def rates(starting: AbstractContextManager[Server], asked: argparse.Namespace) -> dict[str, Any]:
+    """The best of several rounds on a server that has answered before."""
+    rounds = []
+    with starting as server:
+        await ask(server, 0, 4)
+        for _ in range(asked.rounds):
+            answers, seconds = await at_once(server, asked.clients, asked.tokens)
+            rounds.append((tokens_in(answers) / seconds, seconds, answers))
+    rate, seconds, answers = max(rounds, key=lambda of: of[0])
+    return {
+        "what": "throughput",
+        "server": server.name,
+        "tokens_a_second": round(rate, 1),
+        "seconds": round(seconds, 2),
+        "rounds": [round(rate, 1) for rate, _, _ in rounds],
+        "first_piece": percentiles([answer.first for answer in answers]),
+        "whole_answer": percentiles([answer.seconds for answer in answers]),
+        "empty": sum(not answer.text for answer in answers),
+    }
 
 
 MEASURED = {"streams": streams, "memory": memory, "throughput": throughput}
@@ -259,9 +277,22 @@ async def metric(server: Server, name: str) -> float | None:
 
 
 @contextmanager
-def whet() -> Iterator[Server]:
-    command = [sys.executable, "-m", "whet.cli", "serve", "builtin:tiny", "--name", "tiny", "--no-auth"]
-    with process("whet", [*command, "--port", "{port}"], "tiny") as server:
+def whet(name: str = "whet", model: str = "builtin:tiny") -> Iterator[Server]:
+    command = [sys.executable, "-m", "whet.cli", "serve", model, "--name", "tiny", "--no-auth"]
+    with process(name, [*command, "--port", "{port}"], "tiny") as server:
+        yield server
+
+
+@contextmanager
+def llama_cpp(program: Path, gguf: Path, *, at_once: int | None = None) -> Iterator[Server]:
+    """at_once: answers that it makes at the same time; its own choice otherwise."""
+    command = [str(program), "--model", str(gguf), "--port", "{port}", "--alias", "tiny"]
+    if at_once is None:
+        name = "llama.cpp"
+    else:
+        name, context = f"llama.cpp, {at_once} at once", str(at_once * CONTEXT)
+        command += ["--parallel", str(at_once), "--ctx-size", context]
+    with process(name, command, "tiny") as server:
         yield server
 
 
