@@ -26,7 +26,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
-# llama.cpp, as npm ships it for Node; without npm the steps that need it say so
+# llama.cpp, as npm ships it for Node; without npm, a recipe that exports GGUF is refused with what to type
 .node/.ready: | $(VENV)/.ready
 	mkdir -p .node
 	if command -v npm >/dev/null; then $(BIN)/python -c "from whet.export.llama_cpp import install; install()"; fi

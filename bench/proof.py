@@ -4,15 +4,15 @@
 
 builtin:tiny with an adapter of rank 8, asked whet's general prompts. Each line also says how far the base lies, and
 what share of the adapter the proof finds where it was merged at half its scale: the fault that a coarse format hides
-best.
+best. `adapter` is the adapter alone as GGUF. A few minutes on two cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,22 +23,29 @@ from environment import ROOT, origin
 from peft.tuners.lora import LoraLayer
 
 from whet import FastLanguageModel
+from whet.export.artifacts import METHODS
 from whet.export.gguf import write_gguf
+from whet.export.gguf_adapter import write_gguf_adapter
 from whet.export.merge import save_merged
-from whet.export.proof import Proof, Reference, prove_folder, prove_gguf
+from whet.export.merge_formats import FLOATS
+from whet.export.proof import Proof, Reference, prove_adapter, prove_folder, prove_gguf
+from whet.export.proof.folder import MergedFolder
 from whet.export.proof.gguf_file import GGUFFile
 from whet.export.proof.limits import limits_of
 from whet.export.proof.prompts import general_prompts
-from whet.export.proof.share import share_checks
+from whet.export.proof.share import Layer, share_checks
 from whet.quant.gguf_mixes import MIXES
 
-MERGED = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+FOLDERS = (*FLOATS, *METHODS)
+GGUFS = tuple(name for name in MIXES if name not in FOLDERS)
+"""BF16 is measured as a folder."""
+ADAPTER = "adapter"
 PROMPTS = 8
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--formats", nargs="*", default=[*MERGED, *MIXES])
+    parser.add_argument("--formats", nargs="*", default=[ADAPTER, *FOLDERS, *GGUFS])
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "proof.jsonl")
     asked = parser.parse_args()
     reference = tuned()
@@ -48,6 +55,7 @@ def main() -> None:
             line = measured(reference, format, Path(scratch))
             print(line, flush=True)
             out.write(json.dumps(line | where) + "\n")
+            out.flush()
 
 
 def tuned() -> Reference:
@@ -62,12 +70,13 @@ def tuned() -> Reference:
 
 
 def measured(reference: Reference, format: str, scratch: Path) -> dict[str, Any]:
-    start = time.perf_counter()
+    start = processor_seconds()
     proof = prove(reference, format, scratch)
     found = {check.name: check for check in proof.checks}
     return {
         "kind": "proof",
         "format": format,
+        "engine": proof.engine,
         "passed": proof.passed,
         "kl": found["KL a token"].value,
         "tail": found["KL, tail"].value,
@@ -77,37 +86,64 @@ def measured(reference: Reference, format: str, scratch: Path) -> dict[str, Any]
         "share_at_half": share_at_half(reference, format, scratch),
         "base_kl": reference.base_kl,
         "tokens": proof.measures["tokens compared"],
-        "seconds": round(time.perf_counter() - start, 1),
+        "processor_seconds": round(processor_seconds() - start, 1),
     }
 
 
+def processor_seconds() -> float:
+    """Of this process and of llama.cpp's, which have ended."""
+    return sum(os.times()[:4])
+
+
 def prove(reference: Reference, format: str, scratch: Path) -> Proof:
-    if format in MERGED:
+    threads = torch.get_num_threads()
+    if format == ADAPTER:
+        return prove_adapter(reference, *adapter(reference, scratch), threads=threads)
+    if format in FOLDERS:
         return prove_folder(reference, merged(reference, format, scratch), format)
     source = merged(reference, "fp32" if format == "f32" else "bf16", scratch)
     path = scratch / f"{format}.gguf"
     write_gguf(source, path, format, check=False)
-    return prove_gguf(reference, path, format, source, threads=torch.get_num_threads())
+    return prove_gguf(reference, path, format, source, threads=threads)
 
 
 def share_at_half(reference: Reference, format: str, scratch: Path) -> float | None:
-    """None for a merged folder: what the proof finds there is exact."""
-    if format in MERGED:
+    """What the proof finds of an adapter that was merged at half its scale; None where it sees nothing wrong, or there
+    is no merge."""
+    if format == ADAPTER:
         return None
+    (check,) = share_checks(reference, halved(reference, format, scratch), format, limits_of(format))
+    return None if check.passed else check.value
+
+
+def halved(reference: Reference, format: str, scratch: Path) -> Layer:
+    """The layers of an artifact in which the adapter is at half its scale."""
     with scaled(reference.model, lambda scale: scale / 2):
-        source = merged(reference, "bf16", scratch, "half-")
+        source = merged(reference, format if format in FOLDERS else "bf16", scratch, "half-")
+    if format in FOLDERS:
+        return MergedFolder(source, format, reference).layer
     path = scratch / f"half-{format}.gguf"
     write_gguf(source, path, format, check=False)
-    file = GGUFFile(path, format, reference, source)
-    (check,) = share_checks(reference, file.layer, format, limits_of(format))
-    return None if check.passed else check.value
+    return GGUFFile(path, format, reference, source).layer
 
 
 def merged(reference: Reference, format: str, scratch: Path, prefix: str = "") -> Path:
     path = scratch / f"{prefix}{format}"
     if not path.exists():
-        save_merged(reference.model, path, reference.tokenizer, dtype=MERGED[format])
+        method = METHODS.get(format, "merged_16bit")
+        save_merged(reference.model, path, reference.tokenizer, method=method, dtype=FLOATS.get(format))
     return path
+
+
+def adapter(reference: Reference, scratch: Path) -> tuple[Path, Path, Path]:
+    """The adapter as GGUF, the base as F32 GGUF, and the folder of the base."""
+    path, base = scratch / "adapter.gguf", scratch / "base.gguf"
+    with scaled(reference.model, lambda scale: 0.0):
+        folder = merged(reference, "fp32", scratch, "base-")
+    reference.model.save_pretrained(scratch / "saved", save_embedding_layers=False)
+    write_gguf_adapter(scratch / "saved", folder, path)
+    write_gguf(folder, base, "f32", check=False)
+    return path, base, folder
 
 
 @contextmanager

@@ -25,11 +25,12 @@ from numpy.typing import NDArray
 
 from whet.quant.gguf_mixes import ModelFacts, wanted_type
 from whet.quant.gguf_types import TYPES, GGUFType
+from whet.quant.kernels import compiled
 
 Floats = NDArray[np.float32]
 FORMATS = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
 SHAPE = (512, 4096)
-ROUNDS = 3
+ROUNDS = 10
 
 
 def main() -> None:
@@ -39,11 +40,16 @@ def main() -> None:
     asked = parser.parse_args()
     measured = on_gpu() if asked.device == "cuda" else on_cpu()
     where = origin("gguf", "numba", "numpy")
+    ratios = []
     with open(asked.out, "a", encoding="utf-8") as file:
         for line in measured:
             print(line, flush=True)
             file.write(json.dumps({"kind": "quantize", "device": asked.device, **line} | where) + "\n")
             file.flush()
+            if "times_llama_cpp" in line:
+                ratios.append(f"{line['what']:<8}{line['times_llama_cpp']:>6.2f}{line.get('rmse_ratio', ''):>8}")
+    if ratios:
+        print("\ntype     speed   error   against llama.cpp's, in processor time", *ratios, sep="\n")
 
 
 def on_cpu() -> Iterator[dict[str, Any]]:
@@ -55,7 +61,7 @@ def on_cpu() -> Iterator[dict[str, Any]]:
     x = np.random.default_rng(0).standard_normal(SHAPE, np.float32)
 
     def ours(kind: GGUFType, x: Floats) -> None:
-        on_threads(lambda rows: kind.encode(x[rows]), x.shape)
+        on_threads(lambda rows: kind.encode(x[rows], kernels=compiled()), x.shape)
 
     def theirs(kind: GGUFType, x: Floats) -> None:
         on_threads(lambda rows: llama_cpp.quantize(kind.ggml, x[rows]), x.shape)
@@ -63,7 +69,7 @@ def on_cpu() -> Iterator[dict[str, Any]]:
     for name in FORMATS:
         kind = TYPES[name]
         start = time.process_time()
-        kind.encode(x[:2])
+        kind.encode(x[:2], kernels=compiled())
         compiling = time.process_time() - start
         seconds = [spent(lambda: ours(kind, x)), spent(lambda: theirs(kind, x))]  # noqa: B023 - called at once
         for _ in range(ROUNDS - 1):
@@ -89,7 +95,7 @@ def on_gpu() -> Iterator[dict[str, Any]]:
     for name in FORMATS:
         kind, same = TYPES[name], []
         for h in (None, importance):
-            cpu = kind.encode(small.numpy(), None if h is None else h.numpy())
+            cpu = kind.encode(small.numpy(), None if h is None else h.numpy(), compiled())
             gpu = kind.encode_torch(small.cuda(), None if h is None else h.cuda()).cpu().numpy()
             blocks = (cpu == gpu).reshape(-1, kind.block_bytes).all(1)
             same.append(float(blocks.mean()))

@@ -82,37 +82,39 @@ def main() -> None:
     asked = parser.parse_args()
     where = origin("fastapi", "uvicorn", "llguidance")
     for what in asked.only or ("streams", "memory", "throughput"):
-        for line in asyncio.run(MEASURED[what](asked)):
-            line = {"kind": "serve", **line, "clients": asked.clients, "tokens": asked.tokens}
-            print(json.dumps(line), flush=True)
-            with open(asked.out, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line | where) + "\n")
+        asyncio.run(tell(MEASURED[what](asked), asked, where))
+
+
+async def tell(lines: AsyncIterator[dict[str, Any]], asked: argparse.Namespace, where: dict[str, Any]) -> None:
+    async for line in lines:
+        line = {"kind": "serve", **line, "clients": asked.clients, "tokens": asked.tokens}
+        print(json.dumps(line), flush=True)
+        with open(asked.out, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line | where) + "\n")
 
 
 # ---------------------------------------------------------------- what is measured
 
 
-async def streams(asked: argparse.Namespace) -> list[dict[str, Any]]:
+async def streams(asked: argparse.Namespace) -> AsyncIterator[dict[str, Any]]:
     with whet() as server:
         alone = [await ask(server, i, asked.tokens) for i in range(asked.clients)]
         answers, seconds = await at_once(server, asked.clients, asked.tokens)
     wrong = sum(a.text != b.text or a.finish != b.finish for a, b in zip(alone, answers, strict=True))
-    return [
-        {
-            "what": "streams",
-            "server": server.name,
-            "different_answers": len({answer.text for answer in alone}),
-            "lost_or_mixed": wrong,
-            "seconds": round(seconds, 2),
-            "first_piece": percentiles([answer.first for answer in answers]),
-            "whole_answer": percentiles([answer.seconds for answer in answers]),
-            "pieces_a_second": round(sum(answer.pieces for answer in answers) / seconds, 1),
-            "alone_first_piece": percentiles([answer.first for answer in alone]),
-        }
-    ]
+    yield {
+        "what": "streams",
+        "server": server.name,
+        "different_answers": len({answer.text for answer in alone}),
+        "lost_or_mixed": wrong,
+        "seconds": round(seconds, 2),
+        "first_piece": percentiles([answer.first for answer in answers]),
+        "whole_answer": percentiles([answer.seconds for answer in answers]),
+        "pieces_a_second": round(sum(answer.pieces for answer in answers) / seconds, 1),
+        "alone_first_piece": percentiles([answer.first for answer in alone]),
+    }
 
 
-async def memory(asked: argparse.Namespace) -> list[dict[str, Any]]:
+async def memory(asked: argparse.Namespace) -> AsyncIterator[dict[str, Any]]:
     with whet() as server:
         end = time.monotonic() + asked.minutes * 60
         samples: list[tuple[float, float]] = []
@@ -124,22 +126,20 @@ async def memory(asked: argparse.Namespace) -> list[dict[str, Any]]:
         await watching
         held = await metric(server, "running"), await metric(server, "cache_used")
     half = [mib for seconds, mib in samples if seconds > asked.minutes * 30]
-    return [
-        {
-            "what": "memory",
-            "server": server.name,
-            "minutes": asked.minutes,
-            "answers": sum(answers for answers, _ in done),
-            "left_early": sum(left for _, left in done),
-            "rss_mib_after_a_tenth": round(samples[len(samples) // 10][1], 1),
-            "rss_mib_second_half": [round(min(half), 1), round(max(half), 1)],
-            "rss_mib_last": round(samples[-1][1], 1),
-            "running_and_cache_used_after": held,
-        }
-    ]
+    yield {
+        "what": "memory",
+        "server": server.name,
+        "minutes": asked.minutes,
+        "answers": sum(answers for answers, _ in done),
+        "left_early": sum(left for _, left in done),
+        "rss_mib_after_a_tenth": round(samples[len(samples) // 10][1], 1),
+        "rss_mib_second_half": [round(min(half), 1), round(max(half), 1)],
+        "rss_mib_last": round(samples[-1][1], 1),
+        "running_and_cache_used_after": held,
+    }
 
 
-async def throughput(asked: argparse.Namespace) -> list[dict[str, Any]]:
+async def throughput(asked: argparse.Namespace) -> AsyncIterator[dict[str, Any]]:
     if asked.llama_server is None:
         raise SystemExit("throughput is measured beside llama.cpp's own server too: --llama-server PATH")
     with tempfile.TemporaryDirectory() as folder:
@@ -152,7 +152,8 @@ async def throughput(asked: argparse.Namespace) -> list[dict[str, Any]]:
             llama_cpp(asked.llama_server, gguf),
             llama_cpp(asked.llama_server, gguf, at_once=32),
         ]
-        return [await rates(server, asked) for server in servers]
+        for server in servers:
+            yield await rates(server, asked)
 
 
 async def rates(starting: AbstractContextManager[Server], asked: argparse.Namespace) -> dict[str, Any]:

@@ -44,10 +44,11 @@ def render(lines: list[Line]) -> str:
     if len(kinds) != 1:
         raise ValueError(f"one table holds one kind of result, not {', '.join(sorted(kinds)) or 'none'}")
     columns, row = KINDS[kinds.pop()]
-    rows = [cells for line in lines if (cells := row(line, lines))]
+    shown = [(line, cells) for line in lines if (cells := row(line, lines))]
+    rows = [cells for _, cells in shown]
     caption = ""
-    together = versions_together(lines)
-    origins = {tuple(where(line | {"versions": together or line["versions"]})) for line in lines}
+    together = versions_together([line for line, _ in shown])
+    origins = {tuple(where(line | {"versions": together or line["versions"]})) for line, _ in shown}
     if len(origins) == 1:  # said once, under the table
         caption = f"\n\n{'; '.join(origins.pop())}."
         columns, rows = columns[: -len(ORIGIN)], [cells[: -len(ORIGIN)] for cells in rows]
@@ -127,19 +128,44 @@ def quickstart_row(line: Line, lines: list[Line]) -> list[str]:
     ]
 
 
-def blocks_row(line: Line, lines: list[Line]) -> list[str]:
-    return [line["type"], f"{line['gaussian']:.4f}", f"{line['heavy_tails']:.4f}", *where(line)]
+def quantize_row(line: Line, lines: list[Line]) -> list[str]:
+    """A format on the CPU, beside llama.cpp's quantizer; other lines are of other work."""
+    if "llama_cpp" not in line:
+        return []
+    errors = [f"{line[name]:.4f}" if name in line else "-" for name in ("rmse", "llama_cpp_rmse")]
+    return [line["what"], *errors, f"{line['times_llama_cpp']:.2f}x", *where(line)]
 
 
 def proof_row(line: Line, lines: list[Line]) -> list[str]:
-    half = line["share_at_half"]
+    def share(name: str) -> str:
+        return "-" if line[name] is None else f"{line[name]:.3f}"
+
     return [
         line["format"],
+        line["engine"].partition(" ")[0],
         f"{line['kl']:.2g} (base: {line['base_kl']:.2g})",
         f"{line['tail']:.2g}",
         f"{line['top1']:.1%}",
-        f"{line['share']:.3f}",
-        f"{half:.3f}" if half is not None else "-",
+        share("share"),
+        share("share_at_half"),
+        *where(line),
+    ]
+
+
+def imatrix_row(line: Line, lines: list[Line]) -> list[str]:
+    both = [f"{line[f'{name}_plain']:.3g} -> {line[f'{name}_guided']:.3g}" for name in ("kl", "tail")]
+    same = f"{line['top_1_plain']:.1%} -> {line['top_1_guided']:.1%}"
+    return [line["quantization"], *both, same, f"{line['tokens']:,}", *where(line)]
+
+
+def merge_row(line: Line, lines: list[Line]) -> list[str]:
+    return [
+        line["to"],
+        f"{line['parameters'] / 1e9:.1f}",
+        f"{line['peak_bytes'] / 2**30:.2f}",
+        f"{line['imported_bytes'] / 2**30:.2f}",
+        f"{line['written_bytes'] / 1e9:.1f}",
+        f"{line['cpu_seconds']:.0f}",
         *where(line),
     ]
 
@@ -337,10 +363,15 @@ KINDS: dict[str, tuple[list[str], Row]] = {
         ["base", "seed", "held-out loss before", "after", "the same in bf16", "against bf16", "against nf4", *ORIGIN],
         fp8_row,
     ),
-    "blocks": (["type", "Gaussian", "heavy tails (Student t, 3 degrees)", *ORIGIN], blocks_row),
+    "quantize": (["type", "whet's error", "llama.cpp's", "llama.cpp's processor time / whet's", *ORIGIN], quantize_row),
+    "imatrix": (
+        ["type", "KL a token: plain -> guided", "99th percentile", "same likeliest token", "measured on", *ORIGIN],
+        imatrix_row,
+    ),
     "proof": (
         [
             "format",
+            "engine",
             "KL a token",
             "99th percentile",
             "same likeliest token",
@@ -349,6 +380,18 @@ KINDS: dict[str, tuple[list[str], Row]] = {
             *ORIGIN,
         ],
         proof_row,
+    ),
+    "merge": (
+        [
+            "to",
+            "billion weights",
+            "GiB of host memory at most",
+            "the libraries alone",
+            "GB written",
+            "processor seconds",
+            *ORIGIN,
+        ],
+        merge_row,
     ),
     "gguf_logits": (
         [

@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests.network import no_connections  # noqa: F401 (a fixture of every test)
 from tests.road import as_loud_as_before, here  # noqa: F401
 
-torch.set_num_threads(1)  # tiny models: threads would only wait for each other, and for other test processes
-
-LONG = [
-    *("test_killed.py", "test_readme.py", "test_no_network.py", "test_resume.py", "test_compiled.py"),
-    *("test_finetune.py", "test_worked_example.py", "test_prep.py", "test_evaluated_runs.py", "test_watch.py"),
-]
+LONG = (
+    *("test_killed.py", "test_worked_example.py", "test_no_network.py", "test_compiled.py", "test_readme.py"),
+    *("test_resume.py", "test_finetune.py", "test_evaluated_runs.py", "test_prep.py", "test_pipeline.py"),
+    *("test_trainers.py", "test_watch.py", "test_optimizer.py", "test_gguf.py"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take long go first: a process takes a file whole, and one begun last would be waited for."""
-    items.sort(key=lambda item: item.path.name not in LONG)
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
+def pytest_collection_finish() -> None:
+    """One thread, and what the libraries made as they were imported is for good: a collection would look through its
+    millions of objects again, and the trainer collects after each training.
+    """
+    import torch  # here and below: the process that hands out the tests needs no more than this file
+
+    torch.set_num_threads(1)  # tiny models: threads would only wait for each other, and for other test processes
+    gc.collect()
+    gc.freeze()
 
 
 CHATML = (
@@ -36,6 +45,9 @@ CHATML = (
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a two-layer Llama (256 wide: a block of GGUF's k-quants), fp32, and a chat template in ChatML."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     folder = tmp_path_factory.mktemp("tiny-llama")
     tokenizer = _byte_level_bpe()
     tokenizer.save_pretrained(folder)
@@ -57,8 +69,11 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _byte_level_bpe() -> PreTrainedTokenizerFast:
-    """500 tokens, trained on a text that every Python has."""
+def _byte_level_bpe() -> Any:
+    """A PreTrainedTokenizerFast of 500 tokens, trained on a text that every Python has."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

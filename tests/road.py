@@ -72,16 +72,10 @@ def write_recipe(folder: Path, changes: Mapping[str, Any] | None = None) -> Path
 
 
 def start(*arguments: str | Path, cwd: Path, **options: Any) -> subprocess.Popen[str]:
-    """`whet ...` as a process of its own."""
+    """`whet ...` in a new interpreter. tests/warm.py starts sooner."""
     command = [sys.executable, "-m", "whet.cli", *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes, **options)
-
-
-def whet(*arguments: str | Path, cwd: Path, **options: Any) -> Told:
-    process = start(*arguments, cwd=cwd, **options)
-    out, err = process.communicate(timeout=300)
-    return Told(process.returncode, out, err)
 
 
 class Here:

@@ -83,7 +83,7 @@ def test_ctrl_c_outside_of_training_says_how_to_go_on(
 
 def test_a_dry_run_writes_nothing(here: Here, tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl")
-    write_recipe(tmp_path, {"export.gguf": ["q8_0"]})
+    write_recipe(tmp_path, {"export.gguf": ["q8_0"], "export.proof": False})
     before = sorted(tmp_path.rglob("*"))
     told = here("run", "recipe.yaml", "--dry-run", cwd=tmp_path)
     assert told.code == 0, told.err

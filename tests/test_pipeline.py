@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,18 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tests.export import planted
+from tests.llama_cpp import llama_cpp  # noqa: F401 - a fixture
 from tests.road import COLOURS, CONVERSATIONS, Here, metrics, only_run, runs_in, write_recipe, write_rows
 from whet import pipeline
 from whet.data.prepare import rows
+from whet.errors import WhetError
+from whet.export import artifacts, checksums
+from whet.export import llama_cpp as runner
+from whet.export_run import training_texts
 from whet.models.load import BUILTIN
 from whet.recipe import load
-from whet.recipe_model import load_tuned
+from whet.recipe_model import load_tuned, tokenizer_of
 from whet.runs.store import Run
 
 QUESTIONS = [f"Which colour has number {i}?" for i in range(24)]
@@ -109,6 +116,9 @@ def test_preference_pairs_train_by_dpo(tmp_path: Path) -> None:
     told = json.loads((done.folder / "data" / "summary.json").read_text())
     assert told["pairs"] == len(rows(done.folder / "data", "train"))
     assert done.metrics("eval")
+    texts = training_texts(done.folder, tokenizer_of(done.recipe.model))
+    assert len(texts) == told["pairs"]
+    assert any(f"number {i}?" in texts[0] and COLOURS[i % 3] in texts[0] for i in range(24))
 
 
 # ---------------------------------------------------------------- kinds of training
@@ -128,8 +138,8 @@ def test_the_loss_of_the_rows_that_are_trained_falls(tmp_path: Path) -> None:
 def test_every_weight_is_trained_without_an_adapter(tmp_path: Path) -> None:
     """Catches a full fine-tuning that leaves layers frozen, or is saved or evaluated as the base."""
     write_rows(tmp_path / "rows.jsonl")
-    changes = {"adapter": None, "eval": {"exact_match": False}, "export": {"merged": "bf16", "gguf": ["f16"]}}
-    done = run(tmp_path, changes)
+    export = {"merged": "bf16", "gguf": ["f16"], "proof": False}
+    done = run(tmp_path, {"adapter": None, "eval": {"exact_match": False}, "export": export})
     trained = load_file(done.folder / "trained" / "model.safetensors")
     base = load_file(BUILTIN / "tiny" / "model.safetensors")
     assert trained.keys() == base.keys()
@@ -139,13 +149,16 @@ def test_every_weight_is_trained_without_an_adapter(tmp_path: Path) -> None:
     assert scored["tuned"]["loss"] != scored["base"]["loss"]
     merged = load_file(done.folder / "export" / "merged" / "model.safetensors")
     assert all(torch.equal(merged[name], weight.bfloat16()) for name, weight in trained.items())
+    assert "**Not proven.**" in (done.folder / "export" / "README.md").read_text()
 
 
 # ---------------------------------------------------------------- export
 
 
-def test_exports_are_the_tuned_model(tmp_path: Path) -> None:
-    """Catches an export of the base, or of weights that were never merged."""
+@pytest.mark.usefixtures("llama_cpp")
+def test_exports_are_the_tuned_model_and_proven(tmp_path: Path) -> None:
+    """Catches an export of the base, or of weights that were never merged; one that nobody compared; a summary that
+    the checksums do not know."""
     write_rows(tmp_path / "rows.jsonl")
     changes = {
         "model.load": "nf4",
@@ -154,8 +167,15 @@ def test_exports_are_the_tuned_model(tmp_path: Path) -> None:
     }
     done = run(tmp_path, changes)
     export = done.folder / "export"
-    names = {"merged", "model-f32.gguf", "model-q8_0.gguf", "summary.json", "fingerprint.json"}
-    assert {path.name for path in export.iterdir()} == names
+    assert {path.name for path in export.iterdir()} == {
+        "merged", "model-f32.gguf", "model-q8_0.gguf", "Modelfile", "Modelfile-q8_0", "vllm.yaml", "vllm.sh",
+        "base-licence", "fingerprint.json", "proof.json", "proof.html", "export.json", "README.md", "SHA256SUMS",
+        "summary.json",
+    }  # fmt: skip
+    checksums.check(export)
+    assert json.loads((export / "summary.json").read_text())["proof"] == "passed"
+    proofs = json.loads((export / "proof.json").read_text())["proofs"]
+    assert [(proof["format"], proof["passed"]) for proof in proofs] == [("fp32", True), ("f32", True), ("q8_0", True)]
     tuned, tokenizer = load_tuned(done.recipe, done.folder / "trained")
     merged = AutoModelForCausalLM.from_pretrained(export / "merged", dtype=torch.float32)
     ids = tokenizer(QUESTIONS[0], return_tensors="pt")["input_ids"]
@@ -202,19 +222,80 @@ def test_a_changed_input_is_another_run(tmp_path: Path, here: Here) -> None:
     assert len(metrics(first)) == 2
 
 
-def test_a_stage_that_failed_is_done_again_and_no_other(tmp_path: Path, here: Here) -> None:
-    """Catches a training repeated because the export failed."""
+def test_an_export_that_fails_its_proof_is_made_again_and_nothing_else(
+    tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a broken model under its final name, a training repeated because of it, and a report of failure that
+    stays beside what was proven later. The merge that is planted here doubles the adapter."""
+    right = artifacts.save_merged
+
+    def doubled(model: Any, *arguments: Any, **options: Any) -> None:
+        with planted.other_scales(model, lambda name, scale: 2 * scale):
+            right(model, *arguments, **options)
+
     write_rows(tmp_path / "rows.jsonl")
-    write_recipe(tmp_path, {"export.merged": "bf16"})
-    assert here("run", "recipe.yaml", cwd=tmp_path).code == 0
+    write_recipe(tmp_path, {"export.merged": "fp32"})
+    monkeypatch.setattr(artifacts, "save_merged", doubled)
+    told = here("run", "recipe.yaml", cwd=tmp_path)
     folder = only_run(tmp_path / "runs")
+    report = folder / "export-not-proven"
+    assert told.code == 2
+    assert "export-not-proven/proof.html: merged is not what was trained: adapter's share" in told.err
+    assert (report / "proof.json").is_file()
+    assert not (folder / "export").exists()
     adapter = folder / "trained" / "adapter_model.safetensors"
     before = adapter.stat().st_mtime_ns
-    for path in (folder / "export").rglob("*"):
-        path.unlink() if path.is_file() else None
-    (folder / "export" / "merged").rmdir()
-    (folder / "export").rmdir()
+    monkeypatch.setattr(artifacts, "save_merged", right)
     told = here("run", "recipe.yaml", cwd=tmp_path)
+    assert told.code == 0, told.err
     assert told.out.count("(done before)") == 2
     assert (folder / "export" / "merged" / "model.safetensors").exists()
+    assert not report.exists()
     assert adapter.stat().st_mtime_ns == before
+
+
+@pytest.mark.usefixtures("llama_cpp")
+def test_what_can_not_be_proven_here_is_refused_before_it_is_trained(
+    tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches hours of training that end in the news that llama.cpp is missing, and a way out that is none."""
+    installed = os.environ["WHET_NODE"]
+    monkeypatch.setenv("WHET_NODE", str(tmp_path / "nothing"))
+    write_rows(tmp_path / "rows.jsonl")
+    write_recipe(tmp_path, {"export.gguf": ["q8_0"]})
+    told = here("run", "recipe.yaml", cwd=tmp_path)
+    assert told.code == 2
+    assert "llama.cpp, which is not installed" in told.err
+    assert "--fetch-llama-cpp" in told.err
+    assert "proof: false" in told.err
+    assert not (tmp_path / "runs").exists()
+    monkeypatch.setattr(runner, "install", lambda: monkeypatch.setenv("WHET_NODE", installed))
+    assert here("run", "recipe.yaml", "--fetch-llama-cpp", "--dry-run", cwd=tmp_path).code == 0
+    monkeypatch.setenv("WHET_NODE", str(tmp_path / "nothing"))
+    pipeline.check_export(load(write_recipe(tmp_path, {"export": {"gguf": ["q8_0"], "proof": False}})))
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"export": {"merged": "bf16", "imatrix": "training"}}, "none is to be rounded"),
+        ({"export": {"gguf": ["f16"], "imatrix": "training", "proof": False}}, "none is to be rounded"),
+        ({"export": {"gguf": ["q4_0"], "imatrix": "none.jsonl"}}, "there is no file 'none.jsonl'"),
+        ({"export": {"gguf_adapter": True}, "adapter": None}, r"but every weight is trained \(adapter: null\)"),
+        ({"export": {"gguf_adapter": True}, "adapter.dora": True}, "but adapter.dora is true"),
+    ],
+)
+def test_what_an_export_can_not_be_is_told_first(tmp_path: Path, changes: dict[str, Any], what: str) -> None:
+    write_rows(tmp_path / "rows.jsonl")
+    with pytest.raises(WhetError, match=what):
+        pipeline.check_export(load(write_recipe(tmp_path, changes)))
+
+
+def test_calibration_text_lies_beside_the_recipe_and_formats_for_vllm_are_taken(tmp_path: Path) -> None:
+    """Catches a file that is looked for where the command was typed, once hours of training are done."""
+    write_rows(tmp_path / "rows.jsonl")
+    write_rows(tmp_path / "chats.jsonl", CONVERSATIONS[:1])
+    export = {"merged": "w4a16", "gguf": ["q4_0"], "imatrix": "chats.jsonl", "proof": False}
+    recipe = load(write_recipe(tmp_path, {"export": export}))
+    assert recipe.export.imatrix == str(tmp_path / "chats.jsonl")
+    pipeline.check_export(recipe)

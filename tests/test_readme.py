@@ -8,10 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from gguf import GGUFReader
 from peft import PeftConfig
 
-from tests.road import only_run, whet
+from tests import warm
+from tests.llama_cpp import llama_cpp  # noqa: F401 - a fixture
+from tests.road import only_run
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -33,6 +36,7 @@ def test_the_python_example_runs_to_its_last_line(tmp_path: Path) -> None:
         assert GGUFReader(tmp_path / "gguf" / f"model-{name}.gguf").tensors
 
 
+@pytest.mark.usefixtures("llama_cpp")
 def test_the_recipe_runs(tmp_path: Path) -> None:
     (tmp_path / "tickets").mkdir()
     rows = [
@@ -47,8 +51,8 @@ def test_the_recipe_runs(tmp_path: Path) -> None:
     ]
     (tmp_path / "tickets" / "june.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "recipe.yaml").write_text(block("yaml"))
-    done = whet("run", "recipe.yaml", cwd=tmp_path)
-    assert done.code == 0, done.err
+    done = warm.run(warm.whet, "run", "recipe.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     run = only_run(tmp_path / "runs")
     assert (run / "export" / "merged" / "model.safetensors").is_file()
     assert (run / "export" / "model-q4_k_m.gguf").is_file()

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from tests.resuming import STEPS, again, assert_same_as, whole  # noqa: F401
-from tests.road import Here, metrics, only_run, start
+from tests.road import Here, metrics, only_run
+from tests.warm import Warm, whet
 
 
 def run_until(folder: Path, step: int, end: int) -> None:
     """Start the run and send it the signal `end` once `step` steps are in its metrics."""
-    process = start("run", "recipe.yaml", cwd=folder)
+    process = Warm(whet, "run", "recipe.yaml", cwd=folder)
     deadline = time.monotonic() + 120
     while not any(path.read_text().count("\n") >= step for path in folder.glob("runs/*/metrics.jsonl")):
         assert process.poll() is None, process.communicate()
@@ -27,9 +28,9 @@ def run_until(folder: Path, step: int, end: int) -> None:
     assert not (run / "trained").exists()
     assert "Traceback" not in out + err
     if end == signal.SIGKILL:
-        assert process.returncode == -signal.SIGKILL
+        assert process.poll() == -signal.SIGKILL
     else:
-        assert process.returncode == 130
+        assert process.poll() == 130
         assert "to go on: whet run recipe.yaml" in err
         stopped = metrics(run)[-1]["step"]
         assert f"stopped after step {stopped}" in err

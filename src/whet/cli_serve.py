@@ -25,15 +25,27 @@ console = Console(highlight=False)
 told = Console(stderr=True, highlight=False)
 
 KeyFile = Annotated[Path | None, typer.Option("--file", help="The keys' file. Default: in your folder of settings.")]
-PACKAGES = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client", "jwt": "PyJWT"}
+PACKAGES = {
+    "fastapi": "fastapi",
+    "uvicorn": "uvicorn",
+    "prometheus_client": "prometheus-client",
+    "jwt": "PyJWT",
+    "httpx2": "httpx2",
+}
 
 
 def serve(
-    model: Annotated[str, typer.Argument(help="A model's folder, an export's, or a GGUF file.")],
+    model: Annotated[str, typer.Argument(help="A model's folder, an export's, a GGUF file, or a vLLM's address.")],
     name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
-    engine: Annotated[str, typer.Option(help="auto, transformers or llama.cpp.")] = "auto",
+    engine: Annotated[str, typer.Option(help="auto, transformers, llama.cpp or vllm.")] = "auto",
     adapter: Annotated[list[str] | None, typer.Option(help="NAME=DIR: a LoRA adapter on the model. Repeat it.")] = None,
     adapters: Annotated[Path | None, typer.Option(help="A folder of adapters, each loaded when asked for.")] = None,
+    upstream_key_env: Annotated[
+        str | None, typer.Option(help="The environment variable that holds the key of the vLLM at the address.")
+    ] = None,
+    upstream_plain_http: Annotated[
+        bool, typer.Option("--upstream-plain-http", help="Ask a vLLM on another machine without TLS.")
+    ] = False,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any.")] = 8000,
     certificate: Annotated[Path | None, typer.Option(help="TLS certificate, PEM.")] = None,
@@ -54,6 +66,7 @@ def serve(
     max_body: Annotated[int, typer.Option(min=1024, help="Bytes of one request at most.")] = 4 * 2**20,
     log: Annotated[Path | None, typer.Option(help="File of the request log. Default: stderr.")] = None,
     log_content: Annotated[bool, typer.Option("--log-content", help="Log prompts and answers as well.")] = False,
+    no_page: Annotated[bool, typer.Option("--no-page", help="Leave the chat page out.")] = False,
     drain_seconds: Annotated[float, typer.Option(min=0, help="Time for running answers after SIGTERM.")] = 30.0,
 ) -> None:
     """Serve a model, and adapters on it, by OpenAI's API, until Ctrl-C or SIGTERM."""
@@ -63,6 +76,7 @@ def serve(
     from whet.serve.access_log import AccessLog
     from whet.serve.app import Parts
     from whet.serve.engines.choice import open_engine
+    from whet.serve.engines.vllm.address import key_from
     from whet.serve.limits import Allowance, Limits, Settings
 
     address = server.Address(host, port, certificate, key, plain_http)
@@ -76,12 +90,22 @@ def serve(
         limits=Limits(Allowance(requests_per_minute, tokens_per_minute, concurrent), in_flight),
         log=AccessLog(log, content=log_content),
         hosts=address.names(allow_host or ()),
+        page=not no_page,
     )
-    opened = open_engine(model, engine, name=name, adapters=_pairs(adapter or []), adapters_folder=adapters)
+    opened = open_engine(
+        model,
+        engine,
+        name=name,
+        adapters=_pairs(adapter or []),
+        adapters_folder=adapters,
+        upstream_key=key_from(upstream_key_env) if upstream_key_env else None,
+        upstream_plain_http=upstream_plain_http,
+    )
 
     def ready(url: str) -> None:
         names = ", ".join(served.name for served in opened.models())
-        console.print(f"[bold]ready[/] {escape(url)}/v1 serves {escape(names)}; Ctrl-C stops", soft_wrap=True)
+        page = "" if no_page else f"; chat page at {escape(url)}/"
+        console.print(f"[bold]ready[/] {escape(url)}/v1 serves {escape(names)}{page}; Ctrl-C stops", soft_wrap=True)
 
     ended_by = server.serve(opened, parts, address, ready=ready, drain_seconds=drain_seconds)
     if ended_by == SIGINT:

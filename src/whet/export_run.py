@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,18 +12,24 @@ from typing import Any
 from whet.data import fingerprint
 from whet.data.examples import Conversation, Preference, Text
 from whet.data.formats import Source, load_examples
-from whet.data.prepare import questions
+from whet.data.prepare import questions, rows
 from whet.data.template import prompt_text, render
 from whet.errors import WhetError
 from whet.eval_models import ADAPTER, model_in, recipe_of
-from whet.export.bundle import Progress, Prompts, Wanted, export_bundle, write_bundle
+from whet.export.artifacts import CHUNK, CHUNKS, Calibration, Progress
+from whet.export.bundle import Prompts, export_bundle, write_bundle
+from whet.export.imatrix import Imatrix, read_imatrix
 from whet.export.licence import licence_of
 from whet.export.model_card import Artifact, Origin, Section
 from whet.export.proof.prompts import general_prompts
-from whet.recipe import Recipe
+from whet.export.wanted import TRAINING, Wanted
+from whet.recipe import Export, Recipe
 from whet.recipe_model import load_tuned
 from whet.runs.report.page import scores
 from whet.runs.report.record import Record, part, read_run
+
+MATRICES = (".imatrix", ".gguf", ".dat")
+"""Suffixes of files that hold an importance matrix; others hold rows or text to measure one on."""
 
 FAILED = "export-not-proven"
 """Folder of a run that holds the report of an export that failed its proof."""
@@ -37,16 +45,20 @@ def export_run(
     """
     model, tokenizer = _tuned(run, recipe_of(run), wanted)
     asked = prompts_in(prompts, tokenizer) if prompts else prompts_of_run(run, tokenizer)
-    return export_bundle(model, tokenizer, out, wanted, origin_of_run(run), asked, progress=progress)
+    importance = importance_for(wanted, tokenizer, run)
+    return export_bundle(
+        model, tokenizer, out, wanted, origin_of_run(run), asked, importance=importance, progress=progress
+    )
 
 
 def export_stage(
     run: Path, folder: Path, recipe: Recipe, wanted: Wanted, *, progress: Progress = lambda step: None
 ) -> list[Artifact]:
-    """`export_run` for a stage of a run: writes into `folder`, which the caller gives its name.
+    """`export_run` for a stage of a run: writes into `folder`, to which the caller gives checksums and its name.
 
     The report of an export that fails its proof is left in the run's folder.
     """
+    shutil.rmtree(run / FAILED, ignore_errors=True)
     model, tokenizer = _tuned(run, recipe, wanted)
     return write_bundle(
         model,
@@ -56,7 +68,17 @@ def export_stage(
         origin_of_run(run),
         prompts_of_run(run, tokenizer),
         report=run / FAILED,
+        importance=importance_for(wanted, tokenizer, run),
         progress=progress,
+    )
+
+
+def wanted_of(export: Export) -> Wanted | None:
+    """What a recipe asks for; None where it is nothing."""
+    if not export.anything:
+        return None
+    return Wanted(
+        export.merged, tuple(export.gguf), export.base, export.proof, export.imatrix, gguf_adapter=export.gguf_adapter
     )
 
 
@@ -84,7 +106,10 @@ def export_model(
         licence=licence_of(_base_name(Path(name)) if is_adapter else name if name.startswith("builtin:") else base),
     )
     asked = prompts_in(prompts, loaded.tokenizer) if prompts else _general(loaded.tokenizer)
-    return export_bundle(loaded.model, loaded.tokenizer, out, wanted, origin, asked, progress=progress)
+    importance = importance_for(wanted, loaded.tokenizer)
+    return export_bundle(
+        loaded.model, loaded.tokenizer, out, wanted, origin, asked, importance=importance, progress=progress
+    )
 
 
 # ---------------------------------------------------------------- prompts
@@ -109,6 +134,52 @@ def prompts_in(path: Path, tokenizer: Any) -> Prompts:
     if not texts:
         raise WhetError("there is no prompt in it", where=str(path), fix='rows such as {"messages": [...]}')
     return Prompts(texts, f"prompts of {path.name}")
+
+
+# ---------------------------------------------------------------- calibration
+
+
+def importance_for(wanted: Wanted, tokenizer: Any, run: Path | None = None) -> Imatrix | Calibration | None:
+    """What the rounding of GGUF files is to go by: a matrix that was read, or text to measure one on."""
+    if wanted.imatrix is None:
+        return None
+    if wanted.imatrix != TRAINING:
+        path = Path(wanted.imatrix).expanduser()
+        if path.suffix in MATRICES:
+            return read_imatrix(path)
+        return Calibration(texts_in(path, tokenizer), path.name)
+    if run is None:
+        raise WhetError(
+            "a model's folder does not know the rows it was trained on",
+            where=f"imatrix {TRAINING}",
+            fix="name a file of text like what it will be asked, or export the run",
+        )
+    return Calibration(training_texts(run, tokenizer), "training rows of the run")
+
+
+def training_texts(run: Path, tokenizer: Any) -> list[str]:
+    """Rows that the run was trained on, as the model saw them, spread evenly: as many as a measurement reads."""
+    trained = rows(run / "data", "train")
+    found = len(trained)
+    if "input_ids" not in trained.column_names:  # preference pairs
+        pairs = (trained[i] for i in range(min(found, CHUNK * CHUNKS // 64)))
+        return [render(tokenizer, [*pair["prompt"], *pair["chosen"]]) for pair in pairs]
+    lengths = [len(trained[i]["input_ids"]) for i in range(min(found, 64))]
+    needed = min(found, math.ceil(CHUNK * CHUNKS * len(lengths) / sum(lengths)))
+    return [tokenizer.decode(trained[i * found // needed]["input_ids"]) for i in range(needed)]
+
+
+def texts_in(path: Path, tokenizer: Any) -> list[str]:
+    """The rows of a file as the model would see them in training. Raises WhetError."""
+    texts = []
+    for example in load_examples([Source(path.name)], base=path.parent):
+        if isinstance(example, Conversation):
+            texts.append(render(tokenizer, example.messages, tools=example.tools))
+        elif isinstance(example, Preference):
+            texts.append(render(tokenizer, [*example.prompt, *example.chosen]))
+        elif isinstance(example, Text):
+            texts.append(example.text)
+    return texts
 
 
 def _general(tokenizer: Any) -> Prompts:

@@ -19,6 +19,9 @@ from whet import recipe_evals, stages
 from whet.data.prepare import rows
 from whet.data.template import Tokenized, preview
 from whet.export.gguf_model import check_convertible
+from whet.export.merge_layout import layout_of
+from whet.export.merge_stream import form_of
+from whet.export_run import wanted_of
 from whet.files import sha256, write_text
 from whet.models.compute import check_compute
 from whet.recipe import Recipe
@@ -59,7 +62,8 @@ def run_recipe(recipe: Recipe, base: Path, root: Path, console: Console, *, smok
                 _stage(run, console, "eval", lambda folder: stages.evaluate(run, tasks, base, folder, console))
                 refusal = _refusal(run, root, console)
             if refusal is None:
-                _stage(run, console, "export", lambda folder: stages.export(run, folder))
+                export = lambda folder: stages.export(run, folder, console)  # noqa: E731
+                _stage(run, console, "export", export, seal=stages.seal_export)
     finally:
         run.close()
     if refusal is not None:
@@ -82,9 +86,14 @@ def dry_run(recipe: Recipe, base: Path, console: Console) -> None:
 
 
 def check_export(recipe: Recipe) -> None:
-    """Refuse what can't be exported before it is trained."""
-    if recipe.export.gguf:
+    """Refuse what can't be exported, or not be proven on this machine, before it is trained."""
+    if (wanted := wanted_of(recipe.export)) is None:
+        return
+    if wanted.gguf or wanted.gguf_adapter:
         check_convertible(config_of(recipe.model), tokenizer_of(recipe.model))
+    if wanted.merged:
+        form_of(wanted.merged, layout_of(config_of(recipe.model)))
+    wanted.check(unproven="say `proof: false` under the recipe's `export:`")
 
 
 @contextmanager
@@ -111,11 +120,18 @@ def _refusal(run: Run, root: Path, console: Console) -> str | None:
     return None if decision.ship else decision.verdict
 
 
-def _stage(run: Run, console: Console, name: str, work: Callable[[Path], Summary]) -> None:
-    """Do a stage unless it is done; its summary is kept in its folder and shown either way."""
+def _stage(
+    run: Run,
+    console: Console,
+    name: str,
+    work: Callable[[Path], Summary],
+    seal: Callable[[Path], None] = lambda folder: None,
+) -> None:
+    """Do a stage unless it is done; its summary is kept in its folder and shown either way. seal: done after that."""
 
     def build(folder: Path) -> None:
         write_text(folder / "summary.json", json.dumps(work(folder), indent=1))
+        seal(folder)
 
     folder, built = run.stage(name, build)
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))

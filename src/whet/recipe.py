@@ -22,6 +22,8 @@ from whet.yaml_faults import Document, Kind, explain, read_yaml
 
 Format = Literal["auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text", "preference"]
 RECIPE = Kind("recipe", "`name:`, `model:` and `data:`", "`whet schema` prints every key")
+TRAINING = "training"
+"""As `export.imatrix`: the rows that the run was trained on."""
 GGUFType = Literal[
     "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0",
     "q4_k_m", "q4_k_s", "q4_1", "q4_0", "iq4_nl", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k",
@@ -265,13 +267,27 @@ class Track(Part):
 
 
 class Export(Part):
-    merged: Literal["bf16", "fp16", "fp32", "nf4"] | None = Field(
-        None, description="Write the model with its adapter merged in."
+    merged: Literal["bf16", "fp16", "fp32", "nf4", "fp8", "int8", "w4a16"] | None = Field(
+        None, description="Write the model with its adapter merged in, in this type; fp8, int8 and w4a16 are for vLLM."
     )
     gguf: list[GGUFType] = Field(default_factory=list, description="GGUF files to write, by type.")
+    gguf_adapter: bool = Field(False, description="Write the adapter alone as GGUF, for llama.cpp to put on the base.")
+    imatrix: str | None = Field(
+        None,
+        description="What the rounding of GGUF files goes by: `training`, an importance matrix measured on the rows "
+        "that were trained on; or a file of rows, of text, or of llama-imatrix.",
+    )
     base: Literal["dequantized", "original"] = Field(
         "dequantized", description="What the adapter is added to: the base as training saw it, or its 16-bit original."
     )
+    proof: bool = Field(
+        True, description="Compare each artifact with the tuned model, GGUF in llama.cpp; false says so in the card."
+    )
+
+    @property
+    def anything(self) -> bool:
+        """Whether there is more to write than the adapter as it was trained."""
+        return bool(self.merged or self.gguf or self.gguf_adapter)
 
 
 class Recipe(Part):
@@ -312,6 +328,9 @@ class Recipe(Part):
             )
         if self.data.split is not None and self.data.eval_sources:
             raise ValueError("data.split and data.eval_sources both hold rows out; keep one of them")
+        if self.export.gguf_adapter and (self.adapter is None or self.adapter.dora):
+            made = "every weight is trained (adapter: null)" if self.adapter is None else "adapter.dora is true"
+            raise ValueError(f"export.gguf_adapter writes a LoRA alone, but {made}; leave gguf_adapter out")
         return self
 
     def _fp8_can_be_had(self) -> None:
@@ -350,18 +369,29 @@ def load(path: Path) -> Recipe:
     except ValidationError as error:
         faults = [explain(fault, Recipe, document) for fault in error.errors()]
         raise WhetErrors(list({fault.where: fault for fault in faults}.values())) from None
-    missing = _missing_sources(recipe, document)
+    missing = [*_missing_sources(recipe, document), *_missing_imatrix(recipe, document)]
     if missing:
         raise WhetErrors(missing)
-    return _base_beside(recipe, path.parent)
+    return _beside(recipe, path.parent)
 
 
-def _base_beside(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe with a base model that is a folder beside it named by its full path."""
-    if recipe.model.base.startswith("builtin:") or not (folder / recipe.model.base).is_dir():
-        return recipe
-    model = recipe.model.model_copy(update={"base": str((folder / recipe.model.base).resolve())})
-    return recipe.model_copy(update={"model": model})
+def _beside(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with what lies beside it named by its full path: the base model's folder, the file for imatrix."""
+    model, export = recipe.model, recipe.export
+    if not model.base.startswith("builtin:") and (folder / model.base).is_dir():
+        model = model.model_copy(update={"base": str((folder / model.base).resolve())})
+    if export.imatrix not in (None, TRAINING):
+        export = export.model_copy(update={"imatrix": str((folder / export.imatrix).resolve())})
+    return recipe.model_copy(update={"model": model, "export": export})
+
+
+def _missing_imatrix(recipe: Recipe, document: Document) -> list[WhetError]:
+    name, folder = recipe.export.imatrix, document.path.parent
+    if name in (None, TRAINING) or (folder / name).is_file():
+        return []
+    where = document.where(("export", "imatrix"))
+    fix = f"{TRAINING}, or the name of a file; paths start at {folder.absolute()}"
+    return [WhetError(f"there is no file {name!r}", where=where, fix=fix)]
 
 
 def _missing_sources(recipe: Recipe, document: Document) -> list[WhetError]:

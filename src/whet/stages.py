@@ -20,8 +20,9 @@ from whet.data.prepare import questions, rows
 from whet.errors import WhetError
 from whet.evals.heldout import compare, mean_loss
 from whet.evals.models import InMemory
-from whet.export.gguf_model import save_gguf
-from whet.export.merge import save_merged
+from whet.export.bundle import LIST
+from whet.export.checksums import write_checksums
+from whet.export_run import export_stage, wanted_of
 from whet.models.fused import path_of, shared_of
 from whet.recipe import Recipe
 from whet.recipe_data import prepare_data
@@ -34,7 +35,6 @@ from whet.train.smoke import smoke
 from whet.train.watch import EarlyStop, Watching
 
 Summary = dict[str, Any]
-MERGED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "nf4": torch.bfloat16}
 
 
 def make_data(recipe: Recipe, version: Version, folder: Path, console: Console) -> Summary:
@@ -69,7 +69,7 @@ def train(run: Run, tasks: Tasks, folder: Path, console: Console) -> Summary:
         callbacks=[AtCheckpoints(run, tokenizer, tasks)],
     )
     run.record("memory", memory_of(model))
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     tokenizer.save_pretrained(folder)
     fingerprint.keep(found, folder)
     steps = run.metrics("train")
@@ -119,20 +119,18 @@ def evaluate(run: Run, tasks: Tasks, base: Path, folder: Path, console: Console)
     return comparison.summary | recipe_evals.evaluate(run, tasks, base, folder, sides)
 
 
-def export(run: Run, folder: Path) -> Summary:
-    """What the recipe asks for besides the adapter: merged/ and model-TYPE.gguf."""
-    wanted = run.recipe.export
-    if wanted.merged or wanted.gguf:
-        model, tokenizer = load_tuned(run.recipe, run.folder / "trained")
-        fingerprint.keep(fingerprint.check(tokenizer, run.folder / "trained", "the model was trained with"), folder)
-    if wanted.merged:
-        method = "merged_4bit" if wanted.merged == "nf4" else "merged_16bit"
-        save_merged(model, folder / "merged", tokenizer, method=method, base=wanted.base, dtype=MERGED[wanted.merged])
-    if wanted.gguf:
-        save_gguf(model, folder, tokenizer, wanted.gguf, base=wanted.base)
-    return {item.name: f"{_size(item) / 1e6:.1f} MB" for item in sorted(folder.iterdir())}
+def export(run: Run, folder: Path, console: Console) -> Summary:
+    """What the recipe asks for besides the adapter, compared with the tuned model. See `bundle` for what is in it."""
+    wanted = wanted_of(run.recipe.export)
+    if wanted is None:
+        return {}
+    with console.status("loading the model") as status:
+        made = export_stage(run.folder, folder, run.recipe, wanted, progress=lambda step: status.update(escape(step)))
+    proof = "passed" if wanted.proven else "left out"
+    return {one.path: f"{one.nbytes / 1e6:.1f} MB" for one in made} | {"proof": proof}
 
 
-def _size(item: Path) -> int:
-    """Bytes of a file, or of all files in a folder."""
-    return sum(path.stat().st_size for path in [item, *item.rglob("*")] if path.is_file())
+def seal_export(folder: Path) -> None:
+    """Write the export's checksums, over its summary too."""
+    if (folder / LIST).is_file():
+        write_checksums(folder)

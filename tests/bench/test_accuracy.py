@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import import_module
@@ -15,6 +14,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests import warm
 from tests.bench.scripts import load
 from tests.parity import harness
 
@@ -52,8 +52,8 @@ def size(accuracy: Any) -> Any:
 def lines(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     out = tmp_path_factory.mktemp("accuracy") / "results" / "accuracy.jsonl"
     options = [text for name, value in SMALL.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    command = [sys.executable, str(SCRIPT), "--family", "gemma2", "phi3", "--run-id", "test", "--out", str(out)]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+    command = ["--family", "gemma2", "phi3", "--run-id", "test", "--out", str(out)]
+    done = warm.run(warm.script, str(SCRIPT), *command, *options, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(done.stdout.splitlines()) == 5  # a head and a row for each line
     return [json.loads(text) for text in out.read_text(encoding="utf-8").splitlines()]

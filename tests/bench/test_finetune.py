@@ -1,4 +1,6 @@
-"""bench/finetune.py runs on any machine: the same work on two engines, one line each, in a process of its own."""
+"""bench/finetune.py runs on any machine: the same work on two engines, one line each, in a process of its own.
+
+The one without whet is a new interpreter, in which nothing has loaded whet."""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from tests import warm
 from tests.bench.scripts import load
 
 ROOT = Path(__file__).parents[2]
@@ -22,22 +25,28 @@ FIELDS = {
 }
 
 
+SHAPE = ["--bs", "2", "--ga", "2", "--seq", "32", "--steps", "2", "--warm", "1", "--run-id", "test"]
+SCRIPT = str(ROOT / "bench" / "finetune.py")
+
+
 def finetune(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "bench" / "finetune.py"), "--model", "tiny", *arguments]
+    command = [sys.executable, SCRIPT, "--model", "tiny", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def finetune_whet(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return warm.run(warm.script, SCRIPT, "--model", "tiny", "--engine", "whet", *arguments, cwd=ROOT)
 
 
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """The result of two steps by engine."""
     folder = tmp_path_factory.mktemp("bench")
-    shape = ["--bs", "2", "--ga", "2", "--seq", "32", "--steps", "2", "--warm", "1", "--run-id", "test"]
     kept = ["--models", str(folder / "models"), "--out", str(folder / "results" / "tiny.jsonl")]
-    found = {}
-    for engine in ("hf", "whet"):
-        done = finetune("--engine", engine, *shape, *kept)
+    ended = {"hf": finetune("--engine", "hf", *SHAPE, *kept), "whet": finetune_whet(*SHAPE, *kept)}
+    for done in ended.values():
         assert done.returncode == 0, done.stderr[-2000:]
-        found[engine] = json.loads(done.stdout)  # one line and nothing else
+    found = {engine: json.loads(done.stdout) for engine, done in ended.items()}  # one line and nothing else
     written = (folder / "results" / "tiny.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in written] == list(found.values())
     return found
@@ -144,8 +153,7 @@ def test_a_line_is_shown_with_and_without_its_plan(lines: dict[str, dict[str, An
 def traced(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
     """A run with --trace: its line, and the file of the profiled step."""
     folder = tmp_path_factory.mktemp("trace")
-    shape = ["--bs", "2", "--ga", "2", "--seq", "32", "--steps", "2", "--warm", "1", "--run-id", "test"]
-    done = finetune("--engine", "whet", *shape, "--models", str(folder / "models"), "--trace", str(folder / "traces"))
+    done = finetune_whet(*SHAPE, "--models", str(folder / "models"), "--trace", str(folder / "traces"))
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout), json.loads((folder / "traces" / "whet.json").read_text())
 

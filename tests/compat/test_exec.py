@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +12,7 @@ import transformers
 import trl
 
 import whet
+from tests import warm
 from whet.compat.exec import TRL_NAMES, run_script
 from whet.errors import WhetError
 
@@ -102,10 +101,7 @@ print("as it should")
 def test_libraries_that_import_late_see_their_own_names(tmp_path: Path) -> None:
     """Catches a TRL config, imported for the first time by the script, being built on whet's TrainingArguments."""
     (tmp_path / "script.py").write_text(LATE, encoding="utf-8")
-    code = "from whet.compat.exec import run_script; run_script('script.py')"
-    environment = {**os.environ, "PYTHONPATH": str(Path(whet.__file__).parents[1])}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = warm.run(run_script, "script.py", cwd=tmp_path)
     assert done.stdout == "as it should\n", done.stderr
 
 

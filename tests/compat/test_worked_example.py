@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from gguf import GGUFReader
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-import whet
+from tests import warm
 
 TEMPLATE = Path(__file__).parent / "scripts" / "worked_example.py.template"
 OLDER_IMPORTS = "from trl import SFTTrainer\nfrom transformers import TrainingArguments\n"
@@ -35,14 +35,9 @@ def data(tmp_path: Path) -> Path:
     return folder
 
 
-def run(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    source = str(Path(whet.__file__).parents[1])
-    environment = {**os.environ, "HF_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1", "PYTHONPATH": source}
-    environment.pop("CI", None)
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+def run(folder: Path, main: Callable[..., None], *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "CI"}
+    done = warm.run(main, *arguments, cwd=folder, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     return done
 
@@ -69,14 +64,15 @@ def check_results(folder: Path, model: Path, done: subprocess.CompletedProcess[s
 def test_with_the_import_line_changed(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
     text = worked_example("whet", tiny_llama, data)
     assert text.count(OLDER_IMPORTS) == 1
-    code = text.replace(OLDER_IMPORTS, "from whet import SFTTrainer, TrainingArguments\n")
-    check_results(tmp_path, tiny_llama, run(code, tmp_path))
+    script = text.replace(OLDER_IMPORTS, "from whet import SFTTrainer, TrainingArguments\n")
+    (tmp_path / "script.py").write_text(script, encoding="utf-8")
+    check_results(tmp_path, tiny_llama, run(tmp_path, warm.script, "script.py"))
 
 
 def test_wholly_unchanged(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(worked_example("unsloth", tiny_llama, data), encoding="utf-8")
-    done = run("from whet.compat.exec import run_script; run_script('script.py', [])", tmp_path)
+    done = run(tmp_path, warm.whet, "exec", "script.py")
     check_results(tmp_path, tiny_llama, done)
     (said,) = (line for line in done.stderr.splitlines() if line.startswith("whet exec:"))
     for name in ("unsloth", "transformers.TrainingArguments", "trl.SFTTrainer", "trl.ORPOTrainer"):

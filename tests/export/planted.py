@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.export.tiny_models import save_tiny
 from whet.export.gguf import write_gguf
+from whet.export.gguf_adapter import write_gguf_adapter
 from whet.export.merge import save_merged
 from whet.export.proof import Reference
 from whet.export.proof.prompts import general_prompts
@@ -49,6 +50,15 @@ class Tuned:
         if not path.exists():
             write_gguf(source, path, quantization, check=False)
         return path
+
+    def adapter(self) -> tuple[Path, Path, Path]:
+        """The adapter as GGUF, its base as F32 GGUF, and the folder of the base."""
+        path, base, folder = self.folder / "adapter.gguf", self.folder / "base.gguf", self.folder / "base"
+        if not path.exists():
+            self.model.save_pretrained(self.folder / "saved", save_embedding_layers=False)
+            write_gguf_adapter(self.folder / "saved", folder, path)
+            write_gguf(folder, base, "f32", check=False)
+        return path, base, folder
 
     def merged_with(self, name: str, scale: Callable[[str, float], float]) -> Path:
         """A merge in which each layer's adapter has another scale: `scale` of the layer's name and the true one."""

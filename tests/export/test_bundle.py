@@ -16,12 +16,13 @@ from tests.export import planted
 from tests.export.planted import Tuned
 from tests.llama_cpp import llama_cpp  # noqa: F401 - a fixture
 from whet.errors import WhetError
-from whet.export import bundle, checksums
-from whet.export.bundle import Prompts, Wanted, export_bundle
+from whet.export import artifacts, checksums
+from whet.export.bundle import Prompts, export_bundle
 from whet.export.launch import write_launch
 from whet.export.licence import licence_of
 from whet.export.model_card import Origin, Section
 from whet.export.proof.prompts import general_prompts
+from whet.export.wanted import Wanted
 
 
 @pytest.fixture(scope="module")
@@ -82,13 +83,13 @@ def test_a_failed_proof_leaves_a_report_and_no_export(
     tuned: Tuned, tmp_path: Path, origin: Origin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a broken model under its final name. The merge that is planted here doubles the adapter."""
-    right = bundle.save_merged
+    right = artifacts.save_merged
 
     def doubled(model: Any, *arguments: Any, **options: Any) -> None:
         with planted.other_scales(model, lambda name, scale: 2 * scale):
             right(model, *arguments, **options)
 
-    monkeypatch.setattr(bundle, "save_merged", doubled)
+    monkeypatch.setattr(artifacts, "save_merged", doubled)
     with pytest.raises(WhetError, match="merged is not what was trained: adapter's share") as caught:
         exported(tuned, tmp_path / "out", Wanted(merged="fp32"), origin)
     report = tmp_path / "out-not-proven"

@@ -126,6 +126,7 @@ REFUSED = {
     "a module trained whole": ({"modules_to_save": ["lm_head"]}, "modules trained whole"),
     "tokens trained whole": ({"trainable_token_indices": [3, 4]}, "tokens' embeddings trained whole"),
     "an alpha of nothing": ({"lora_alpha": 0}, "lora_alpha = 0"),
+    "a start that changed the base": ({"init_lora_weights": "pissa"}, "started as 'pissa'"),
 }
 
 

@@ -25,7 +25,7 @@ from whet.export.gguf_architectures.rope import (
     yarn_attention_factor,
 )
 
-CLASSES = dict(zip(CONFIGS, ARCHITECTURES, strict=True))
+CLASSES = dict(zip(CONFIGS, ARCHITECTURES, strict=False))  # classes that share a family come after these
 
 
 def save(folder: Path, family: str, changes: Mapping[str, Any] | None = None) -> Path:

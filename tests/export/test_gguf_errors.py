@@ -77,7 +77,7 @@ def test_pickle_checkpoint(model_dir):
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
 def test_broken_file(name, model_dir):
     (model_dir / name).write_bytes(b"{broken")
-    _refused(model_dir, "not valid JSON|cannot be read|cannot be loaded")
+    _refused(model_dir, "not valid JSON|no safetensors file|cannot be loaded")
 
 
 def _change_weights(model_dir: Path, change) -> None:

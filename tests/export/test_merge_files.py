@@ -27,7 +27,7 @@ def random_bytes(parts: list[tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, 
     found = {}
     for i, (dtype, shape) in enumerate(parts):
         high = 2 if dtype == torch.bool else 256
-        size = Part("", dtype, shape).bytes
+        size = Part("", dtype, shape).nbytes
         raw = torch.randint(0, high, (size,), generator=generator, dtype=torch.uint8)
         found[f"t{i}"] = raw.view(dtype).reshape(shape)
     return found

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from whet.quant.gguf_types import GGUFType
+from whet.quant.kernels import compiled
 
 Floats = NDArray[np.float32]
 
@@ -29,9 +30,14 @@ def llama_cpp_bytes(key: str) -> NDArray[np.uint8]:
 
 def weighted_rmse(kind: GGUFType, x: Floats, importance: Floats | None) -> float:
     """Root-mean-square error of x encoded and decoded, each column's square times its importance."""
-    error = (kind.decode(kind.encode(x, importance)) - x).astype(np.float64)
+    error = (kind.decode(encode_compiled(kind, x, importance)) - x).astype(np.float64)
     weight = 1.0 if importance is None else importance
     return float(np.sqrt((weight * error**2).mean()))
+
+
+def encode_compiled(kind: GGUFType, x: Floats, importance: Floats | None = None) -> NDArray[np.uint8]:
+    """By the compiled kernels, which a process of a test would otherwise come to late or never."""
+    return kind.encode(x, importance, compiled())
 
 
 def encode_by_torch(kind: GGUFType, x: Floats, importance: Floats | None = None) -> NDArray[np.uint8]:

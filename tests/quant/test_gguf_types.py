@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from tests.quant.samples import encode_compiled
 from whet.errors import WhetError
 from whet.quant.gguf_types import TYPES
+from whet.quant.kernels import TORCH, compiled
 
 RNG = np.random.default_rng(0)
 GAUSSIAN = RNG.standard_normal((64, 1024)).astype(np.float32)
@@ -107,18 +109,19 @@ def test_blocks_do_not_depend_on_their_neighbours(name):
     """Catches pieces that are cut or put together wrongly: rows one by one must give what all rows at once give."""
     kind = TYPES[name]
     x = RNG.standard_normal((150, 512)).astype(np.float32)
-    whole = kind.encode(x)
+    whole = encode_compiled(kind, x)
     for row in (0, 63, 64, 127, 128, 149):
-        np.testing.assert_array_equal(kind.encode(x[row : row + 1])[0], whole[row])
+        np.testing.assert_array_equal(encode_compiled(kind, x[row : row + 1])[0], whole[row])
 
 
 @pytest.mark.parametrize("name", TYPES)
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
 def test_refuses_what_is_not_a_number(name, bad):
     x = np.ones((1, 256), np.float32)
     x[0, 9] = bad
-    with pytest.raises(WhetError, match="NaN or overflow"):
-        TYPES[name].encode(x)
+    for kernels in (TORCH, compiled()):
+        with pytest.raises(WhetError, match="NaN or overflow"):
+            TYPES[name].encode(x, kernels=kernels)
 
 
 @pytest.mark.parametrize(("name", "limit"), [("q4_k", 3.9e6), ("q6_k", 2.4e8), ("q8_0", 8.3e6), ("f16", 65504.0)])

@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tests.quant.samples import IMPORTANCE, SOURCES, Floats, encode_by_torch
+from tests.quant.samples import IMPORTANCE, SOURCES, Floats, encode_by_torch, encode_compiled
 from whet.errors import WhetError
 from whet.quant.gguf_types import TYPES
 from whet.quant.grids import CODEBOOK
+from whet.quant.kernels import PATIENCE, TORCH, compiled, for_cpu
+from whet.quant.rounding_cpu import _affine_scales
 from whet.quant.symmetric_cpu import _nearest
 
 QUANTIZED = [name for name, kind in TYPES.items() if kind.block_size > 1]
@@ -38,7 +40,9 @@ def test_compiled_and_torch_give_the_same_bytes(name: str, guided: bool) -> None
     importance = IMPORTANCE if guided else None
     for x in SOURCES.values():
         x = x[:9]
-        np.testing.assert_array_equal(TYPES[name].encode(x, importance), encode_by_torch(TYPES[name], x, importance))
+        np.testing.assert_array_equal(
+            encode_compiled(TYPES[name], x, importance), encode_by_torch(TYPES[name], x, importance)
+        )
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
@@ -46,7 +50,7 @@ def test_zeros_of_either_sign_give_the_same_bytes(name: str) -> None:
     """Catches a compiler that gives a scale of 0 another sign."""
     signs = np.random.default_rng(0).choice(np.array([0.0, -0.0], np.float32), (64, 256))
     x = np.concatenate([signs, np.zeros((1, 256), np.float32), -np.zeros((1, 256), np.float32)])
-    np.testing.assert_array_equal(TYPES[name].encode(x), encode_by_torch(TYPES[name], x))
+    np.testing.assert_array_equal(encode_compiled(TYPES[name], x), encode_by_torch(TYPES[name], x))
 
 
 @settings(max_examples=150, deadline=None)
@@ -54,7 +58,7 @@ def test_zeros_of_either_sign_give_the_same_bytes(name: str) -> None:
 def test_any_block_is_within_bounds_and_the_same_by_both(name: str, x: Floats, importance: Floats | None) -> None:
     """Catches a search that wanders off, overflow, and 0 / 0, on zero, constant, huge and denormal blocks."""
     kind = TYPES[name]
-    encoded = kind.encode(x, importance)
+    encoded = encode_compiled(kind, x, importance)
     np.testing.assert_array_equal(encoded, encode_by_torch(kind, x, importance))
     error = np.abs(kind.decode(encoded) - x).reshape(-1, kind.block_size)
     assert (error <= kind.error_bound(x, guided=importance is not None)).all()
@@ -66,14 +70,14 @@ def test_the_largest_magnitude_still_decodes_to_numbers(name: str, guided: bool)
     """Catches an fp16 scale that overflows to infinity."""
     kind = TYPES[name]
     x = np.linspace(-kind.max_abs, kind.max_abs, 256, dtype=np.float32)[None]
-    assert np.isfinite(kind.decode(kind.encode(x, IMPORTANCE if guided else None))).all()
+    assert np.isfinite(kind.decode(encode_compiled(kind, x, IMPORTANCE if guided else None))).all()
 
 
 @pytest.mark.parametrize("bad", [np.ones(255, np.float32), np.full(256, np.nan, np.float32), -np.ones(256, np.float32)])
 def test_importance_that_is_none_is_refused(bad: Floats) -> None:
     """Catches an importance matrix of another model, or one that was never measured, used in silence."""
     with pytest.raises(WhetError, match="importance"):
-        TYPES["q4_k"].encode(np.ones((1, 256), np.float32), bad)
+        encode_compiled(TYPES["q4_k"], np.ones((1, 256), np.float32), bad)
 
 
 def test_importance_of_zero_everywhere_counts_every_error_alike() -> None:
@@ -81,7 +85,7 @@ def test_importance_of_zero_everywhere_counts_every_error_alike() -> None:
     x = SOURCES["gaussian"]
     kind = TYPES["q4_k"]
     nothing, ones = np.zeros(256, np.float32), np.ones(256, np.float32)
-    np.testing.assert_array_equal(kind.encode(x, nothing), kind.encode(x, ones))
+    np.testing.assert_array_equal(encode_compiled(kind, x, nothing), encode_compiled(kind, x, ones))
 
 
 def test_the_compiled_codebook_is_the_codebook() -> None:
@@ -91,3 +95,24 @@ def test_the_compiled_codebook_is_the_codebook() -> None:
     for value in values:
         distance = np.abs(levels - value)
         assert abs(_nearest(value) - value) == distance.min()
+
+
+def test_a_process_compiles_once_there_is_much_to_encode() -> None:
+    """Catches seconds of compiling for a model of a few million weights, and a large one encoded at a quarter of the
+    speed."""
+    assert for_cpu("small", PATIENCE) is TORCH
+    assert for_cpu("large", PATIENCE // 2) is TORCH
+    assert for_cpu("large", PATIENCE) is compiled()
+    assert for_cpu("large", 1) is compiled()
+
+
+def test_every_half_is_rounded_as_torch_does() -> None:
+    """Catches an fp16 scale that is a bit off: halves to even, numbers below fp16's normal ones, both zeros."""
+    halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
+    between = (halves[:-1] + halves[1:]) / 2
+    near = [np.nextafter(between, np.float32(end)) for end in (0, 1e9)]
+    low = np.concatenate([halves, between, *near, [0.0]]).astype(np.float32)
+    low = np.concatenate([low, -low])
+    out = np.empty((len(low), 2), np.uint16)
+    _affine_scales(low.copy(), low.copy(), np.float32(15), out)
+    np.testing.assert_array_equal(out[:, 1], (low + 0.0).astype(np.float16).view(np.uint16))

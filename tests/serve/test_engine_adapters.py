@@ -171,11 +171,11 @@ def test_what_is_more_than_a_lora_is_refused(
         with_engine(base, lambda engine: engine.load_adapter("broken", folder))
 
 
-@pytest.mark.parametrize("fault", ["shape", "layer", "part", "torn"])
+@pytest.mark.parametrize("fault", ["shape", "layer", "part", "torn", "lost"])
 def test_an_adapter_of_another_base_is_refused(
     base: Path, adapters: dict[str, Path], tmp_path: Path, fault: str
 ) -> None:
-    """Catches weights put on layers that they were not trained for; what runs goes on."""
+    """Catches weights put on layers that they were not trained for, and a path in what the client is told."""
     folder = broken(adapters, tmp_path / "adapter")
     file = folder / "adapter_model.safetensors"
     weights = load_file(file)
@@ -189,10 +189,13 @@ def test_an_adapter_of_another_base_is_refused(
     save_file(weights, file)
     if fault == "torn":
         file.write_bytes(file.read_bytes()[:-100])
+    elif fault == "lost":
+        file.unlink()
 
     async def use(engine: InProcessEngine) -> str:
-        with pytest.raises(Refused):
+        with pytest.raises(Refused) as refused:
             await pieces(engine, ask(PROMPTS[0], "adapter"))
+        assert str(tmp_path) not in str(refused.value)
         return await text(engine, ask(PROMPTS[0], max_tokens=12))
 
     assert with_engine(base, use, adapters_folder=tmp_path) == expected(base, None)[0]

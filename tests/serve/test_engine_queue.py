@@ -196,6 +196,15 @@ def test_messages_come_through_the_model_s_own_template(model: Path) -> None:
     assert chat.prompt_tokens == len(prompt)
 
 
+def test_a_template_s_refusal_tells_no_path(tiny_llama: Path, tmp_path: Path) -> None:
+    """Catches the folder of the model, and so the machine's users and mounts, in an error that a client gets."""
+    folder = save(tmp_path / "mounted", tiny_llama)
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('turns have to alternate') }}")
+    with pytest.raises(Refused, match="turns have to alternate") as refused:
+        with_engine(folder, lambda engine: pieces(engine, Request("base", Sampling(5), messages=USER)))
+    assert "mounted" not in str(refused.value)
+
+
 def test_special_tokens_show_only_where_tools_are_asked_for(model: Path) -> None:
     """Catches a tool call whose marker is a special token and is lost, and markers in plain answers."""
     plain = Request("base", Sampling(2, temperature=0, logit_bias={1: 100.0}), messages=USER)  # 1: <|im_start|>

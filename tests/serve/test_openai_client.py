@@ -10,6 +10,7 @@ from typing import Any
 
 import openai
 import pytest
+from pydantic import SecretStr
 
 from tests.llama_cpp import llama_cpp  # noqa: F401 (a fixture)
 from tests.serve.gateways import Gateway, gateway
@@ -19,24 +20,31 @@ from whet.serve.engines.in_process import open_engine as in_process
 from whet.serve.engines.in_process.settings import Settings
 from whet.serve.engines.llama_cpp.engine import LlamaCppEngine
 from whet.serve.engines.llama_cpp.engine import Settings as LlamaCppSettings
+from whet.serve.engines.vllm.address import Address
+from whet.serve.engines.vllm.engine import VllmEngine
 from whet.serve.interface import Engine
 
 MESSAGES: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
 
 
-@pytest.fixture(scope="module", params=["transformers", "llama.cpp"])
+@pytest.fixture(scope="module", params=["transformers", "llama.cpp", "another server"])
 def up(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """A gateway over each engine; "another server" is a second gateway, asked over HTTP as vLLM is."""
     with ExitStack() as held:
-        yield held.enter_context(gateway(_engine(request, tmp_path_factory)))
+        if request.param == "llama.cpp":
+            request.getfixturevalue("llama_cpp")
+            engine: Engine = _of_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+        else:
+            engine = in_process("builtin:tiny", settings=Settings(cache_bytes=16 << 20, max_running=8))
+        if request.param == "another server":
+            other = held.enter_context(gateway(engine))
+            engine = VllmEngine(Address.of(other.url, SecretStr(other.token)))
+        yield held.enter_context(gateway(engine))
 
 
-def _engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    if request.param == "llama.cpp":
-        request.getfixturevalue("llama_cpp")
-        gguf = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-        write_gguf(Path(resolve("builtin:tiny")), gguf, "f32")
-        return LlamaCppEngine(gguf, name="tiny", settings=LlamaCppSettings(sequences=4, context=2048, threads=1))
-    return in_process("builtin:tiny", settings=Settings(cache_bytes=16 << 20, max_running=8))
+def _of_gguf(path: Path) -> Engine:
+    write_gguf(Path(resolve("builtin:tiny")), path, "f32")
+    return LlamaCppEngine(path, name="tiny", settings=LlamaCppSettings(sequences=4, context=2048, threads=1))
 
 
 @pytest.fixture(scope="module")

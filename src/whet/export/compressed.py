@@ -128,7 +128,7 @@ class Compressed:
         return scale.to(self.dtype)
 
     def quantization(self) -> dict[str, Any] | None:
-        from compressed_tensors.quantization import QuantizationConfig  # type: ignore[import-untyped]
+        from compressed_tensors.quantization import QuantizationConfig
 
         config = QuantizationConfig(
             config_groups={"group_0": self.scheme},
@@ -136,7 +136,8 @@ class Compressed:
             quantization_status="compressed",
             ignore=list(self.kept),
         )
-        return {"version": metadata.version("compressed-tensors")} | config.model_dump(mode="json")
+        fields: dict[str, Any] = config.model_dump(mode="json")
+        return {"version": metadata.version("compressed-tensors")} | fields
 
 
 def search_scales(rows: Tensor, group: int, dtype: torch.dtype, importance: Tensor | None = None) -> Tensor:
@@ -147,7 +148,7 @@ def search_scales(rows: Tensor, group: int, dtype: torch.dtype, importance: Tens
     """
     weight = None if importance is None else importance.to(rows.device).float().view(-1, group)
     few = max(1, CACHED // rows.shape[1]) if rows.device.type == "cpu" else len(rows)
-    found = [_search(part.view(len(part), -1, group), dtype, weight) for part in rows.split(few)]
+    found = [_search(part.view(len(part), -1, group), dtype, weight) for part in torch.split(rows, few)]
     return torch.cat(found).to(dtype)
 
 

@@ -90,19 +90,19 @@ def write_ggufs(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     architecture = architecture_of(model_dir)
     tokenizer = read_tokenizer(model_dir, architecture.config.vocab)
-    with Checkpoint(model_dir) as checkpoint:
-        tensors = checked_tensors(architecture, checkpoint)
-        if imatrix:
-            imatrix.check_fits(tensors)
-        plans = [
-            plan_file(Path(path), quantization, architecture, tensors, imatrix is not None)
-            for quantization, path in files.items()
-        ]
-        with _partial_files(plans) as partials:
-            model = _Model(model_dir.absolute().name, architecture, tokenizer, imatrix)
-            _write(dict(zip(partials, plans, strict=True)), model, checkpoint, device, progress)
-            if check:
-                verify(partials, model_dir, device)
+    checkpoint = Checkpoint(model_dir)
+    tensors = checked_tensors(architecture, checkpoint)
+    if imatrix:
+        imatrix.check_fits(tensors)
+    plans = [
+        plan_file(Path(path), quantization, architecture, tensors, imatrix is not None)
+        for quantization, path in files.items()
+    ]
+    with _partial_files(plans) as partials:
+        model = _Model(model_dir.absolute().name, architecture, tokenizer, imatrix)
+        _write(dict(zip(partials, plans, strict=True)), model, checkpoint, device, progress)
+        if check:
+            verify(partials, model_dir, device)
     return [_report(plan, architecture.notes + tokenizer.notes) for plan in plans]
 
 

@@ -20,8 +20,6 @@ import gguf
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -29,6 +27,8 @@ from torch import Tensor
 from whet.errors import WhetError
 from whet.export.gguf_architectures import Architecture, SourceTensor, architecture_of
 from whet.export.json_files import read_json
+from whet.export.lora_scale import lora_scale
+from whet.export.merge_adapter import check_start
 from whet.files import refused_when_full, whole_file
 from whet.quant.gguf_types import TYPES, GGUFType
 
@@ -160,7 +160,7 @@ def _pair(
     sides: dict[str, Tensor],
     embedding: bool,
     targets: dict[str, SourceTensor],
-    config: LoraConfig,
+    config: dict[str, Any],
     architecture: Architecture,
     folder: Path,
 ) -> _Pair:
@@ -180,20 +180,13 @@ def _pair(
             where=str(folder),
             fix="give the folder of the base that the adapter was trained on",
         )
-    scale = _scale(config, module, a.shape[0])
+    scale = lora_scale(config, module, a.shape[0])
     if scale == 0:  # llama.cpp reads an alpha of 0 as none, and scales by 1
         raise WhetError(f"the adapter of {module} has lora_alpha = 0, and changes nothing", where=str(folder))
     return _Pair(target, a, b, scale, embedding)
 
 
-def _scale(config: LoraConfig, module: str, rank: int) -> float:
-    """What PEFT multiplies B A with."""
-    patterns = config.alpha_pattern or {}
-    alpha = patterns.get(get_pattern_key(list(patterns), module), config.lora_alpha)
-    return float(alpha / (rank**0.5 if config.use_rslora else rank))
-
-
-def _read_config(folder: Path) -> LoraConfig:
+def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "adapter_config.json"
     fields: dict[str, Any] = read_json(path)
     if fields.get("peft_type") != "LORA":
@@ -205,8 +198,8 @@ def _read_config(folder: Path) -> LoraConfig:
         raise WhetError(
             f"the adapter has {', '.join(held)}: a GGUF adapter holds A and B alone", where=str(path), fix=_MERGE
         )
-    config: LoraConfig = LoraConfig.from_pretrained(str(folder))
-    return config
+    check_start(fields, str(path))
+    return fields
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

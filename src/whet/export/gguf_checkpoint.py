@@ -1,74 +1,55 @@
-"""Reads the tensors of a safetensors checkpoint, single or sharded, one at a time or some rows of one."""
+"""The weights of a model's folder by the names they have in the model, read some rows at a time."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from whet.errors import WhetError
-from whet.export.json_files import read_json
+from whet.export.merge_files import NAMES, TensorFiles, first_axis
 
-_FLOATS = {"F64", "F32", "F16", "BF16"}
+# Files of a model that also reads images -> its parts in transformers, which takes both.
+RENAMED = {
+    "language_model.model.": "model.language_model.",
+    "language_model.lm_head.": "lm_head.",
+    "vision_tower.": "model.vision_tower.",
+    "multi_modal_projector.": "model.multi_modal_projector.",
+}
 
 
 class Checkpoint:
-    """A folder with `model.safetensors`, or `model.safetensors.index.json` and its shards. Use as a context manager.
+    """A folder with `model.safetensors`, or `model.safetensors.index.json` and its shards.
 
-    shapes: tensor name -> shape. Raises WhetError where files are missing, broken, or hold other than floats.
+    shapes: name -> shape. Raises WhetError where files are missing, broken, or hold other than floats of 16 bits or
+    more. Host memory: the rows that were asked for.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self._files: dict[str, Any] = {}
-        self._stack = ExitStack()
-
-    def __enter__(self) -> Checkpoint:
-        with ExitStack() as stack:
-            for path in self._paths():
-                self._open(path, stack)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._stack.close()
+        self._files = TensorFiles(folder)
+        self._stored = {_name_in_model(name): name for name in self._files}
+        self.shapes = {name: self._files.part(stored).shape for name, stored in self._stored.items()}
+        for stored in self._files:
+            self._check_floats(stored)
 
     def read(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
-        """The tensor, or some of its rows, as the file holds it. Only these rows are read."""
-        part: torch.Tensor = self._files[name].get_slice(name)[rows]
-        return part
+        """The tensor, or some of its rows, as the file holds it."""
+        start, stop, _ = rows.indices(first_axis(self.shapes[name]))
+        return self._files.rows(self._stored[name], start, stop)
 
-    def _paths(self) -> list[Path]:
-        single, index = self.folder / "model.safetensors", self.folder / "model.safetensors.index.json"
-        if single.is_file():
-            return [single]
-        if index.is_file():
-            return [self.folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-        raise WhetError(
-            "there is no model.safetensors here, nor an index of shards",
-            where=str(self.folder),
-            fix="save the model with save_pretrained; pickle checkpoints (.bin, .pt) are not read",
-        )
+    def _check_floats(self, stored: str) -> None:
+        dtype = self._files.part(stored).dtype
+        if not dtype.is_floating_point or dtype.itemsize < 2:
+            raise WhetError(
+                f"{stored} holds {NAMES[dtype]}, not floats: the checkpoint is quantized",
+                where=str(self._files.places[stored].path),
+                fix='save it with save_method="merged_16bit" first',
+            )
 
-    def _open(self, path: Path, stack: ExitStack) -> None:
-        try:
-            file = stack.enter_context(safe_open(path, framework="pt"))
-        except (SafetensorError, OSError) as error:
-            raise WhetError(f"the file cannot be read: {error}", where=str(path), fix="save the model again") from error
-        for name in file.keys():  # noqa: SIM118 - a safetensors file is no dict
-            part = file.get_slice(name)
-            if part.get_dtype() not in _FLOATS:
-                raise WhetError(
-                    f"{name} holds {part.get_dtype()}, not floats: the checkpoint is quantized",
-                    where=str(path),
-                    fix='save it with save_method="merged_16bit" first',
-                )
-            self.shapes[name] = tuple(part.get_shape())
-            self._files[name] = file
+
+def _name_in_model(stored: str) -> str:
+    for prefix, renamed in RENAMED.items():
+        if stored.startswith(prefix):
+            return renamed + stored.removeprefix(prefix)
+    return stored

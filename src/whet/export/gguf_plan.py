@@ -68,7 +68,8 @@ def checked_tensors(architecture: Architecture, checkpoint: Checkpoint) -> list[
     tensors = architecture.expected_tensors()
     # lm_head.weight of a tied model is a copy of the embedding; inv_freq is a buffer of old checkpoints.
     known = {tensor.source for tensor in tensors} | ({"lm_head.weight"} if architecture.config.tied else set())
-    unknown = [name for name in checkpoint.shapes if name not in known and not name.endswith("rotary_emb.inv_freq")]
+    others = [name for name in checkpoint.shapes if name not in known and not name.startswith(architecture.left_out)]
+    unknown = [name for name in others if not name.endswith("rotary_emb.inv_freq")]
     missing = [tensor.source for tensor in tensors if tensor.source not in checkpoint.shapes]
     for fault, names in (
         ("lacks", missing),

@@ -8,6 +8,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from whet.errors import WhetError
 from whet.export.gguf_architectures import Architecture, SourceTensor, architecture_of
@@ -28,19 +29,19 @@ def verify(paths: Path | Sequence[Path], model_dir: Path, device: str = "cpu") -
     """
     model_dir = Path(model_dir)
     architecture = architecture_of(model_dir)
-    with Checkpoint(model_dir) as checkpoint:
-        tensors = checked_tensors(architecture, checkpoint)
-        files = [_File(Path(path)) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    checkpoint = Checkpoint(model_dir)
+    tensors = checked_tensors(architecture, checkpoint)
+    files = [_File(Path(path)) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    for file in files:
+        file.check_factors(architecture)
+        file.check_names(tensors)
+    for piece in pieces(tensors, checkpoint, torch.device(device)):
         for file in files:
-            file.check_factors(architecture)
-            file.check_names(tensors)
-        for piece in pieces(tensors, checkpoint, torch.device(device)):
-            for file in files:
-                file.compare(piece)
+            file.compare(piece)
 
 
 class _File:
-    """A GGUF file, its tensors mapped into memory."""
+    """A GGUF file. Rows are read when they are compared: pages of a mapped file would count as the process's memory."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -68,13 +69,13 @@ class _File:
     def compare(self, piece: Piece) -> None:
         """Raise WhetError unless the file's numbers for these rows lie near the source's."""
         name, kind = piece.tensor.name, self._type(piece.tensor.name)
-        data = self.tensors[name].data.view(np.uint8).reshape(-1, kind.row_bytes(piece.tensor.shape[-1]))[piece.rows]
+        data = self._read(name, kind.row_bytes(piece.tensor.shape[-1]), piece.rows)
         # An importance matrix covers the layers, and lets errors grow where they count little.
         relative = kind.guided if self.guided and name.startswith("blk.") else kind.relative
 
         def compare_rows(rows: slice) -> None:
             x = piece.x[rows].reshape(-1, kind.block_size)
-            encoded = torch.from_numpy(np.array(data[rows])).to(x.device)
+            encoded = torch.from_numpy(data[rows]).to(x.device)
             error = (kind.from_bytes(encoded.view(-1, kind.block_bytes)) - x).abs()
             if not (error <= x.abs().amax(1, keepdim=True) * relative + kind.absolute).all():
                 raise self._mismatch(name, f"decodes to numbers that are off by up to {float(error.max()):g}")
@@ -83,6 +84,12 @@ class _File:
             compare_rows(slice(None))
         else:
             on_threads(compare_rows, piece.x.shape)
+
+    def _read(self, name: str, row_bytes: int, rows: slice) -> NDArray[np.uint8]:
+        """Rows of a tensor as they are encoded, [rows, row_bytes]."""
+        start = int(self.tensors[name].data_offset) + rows.start * row_bytes
+        count = (rows.stop - rows.start) * row_bytes
+        return np.fromfile(self.path, np.uint8, count, offset=start).reshape(-1, row_bytes)
 
     def _type(self, name: str) -> GGUFType:
         kind = self.tensors[name].tensor_type

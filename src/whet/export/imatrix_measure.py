@@ -92,6 +92,7 @@ def _sums(
     model: nn.Module, matrices: dict[str, str], chunks: list[list[int]], progress: Callable[[int], None] | None
 ) -> dict[str, Tensor]:
     """GGUF tensor -> sum over all tokens of x^2, [cols] in fp64: x enters the module."""
+    base: Any = model.base_model  # without the head, which is not measured
     device = next(model.parameters()).device
     sums: dict[str, Tensor] = {}
 
@@ -105,7 +106,7 @@ def _sums(
     handles = [model.get_submodule(source).register_forward_pre_hook(listen(name)) for source, name in matrices.items()]
     try:
         for done, chunk in enumerate(chunks, 1):
-            model.base_model(torch.tensor([chunk], device=device), use_cache=False)  # type: ignore[operator]
+            base(torch.tensor([chunk], device=device), use_cache=False)
             if progress:
                 progress(done)
     finally:

@@ -3,26 +3,15 @@
 // Request: {packages, threads} and one of               Reply:
 //   {tokenize: [{gguf, texts: [text]}]}                   {tokens: [[[id]]]}
 //   {gguf, generate: [text | ids], maxNewTokens}          {generations: [{promptTokenIds, tokenIds, text, stopped}]}
-//   {logits: [{gguf, adapter, tokens: [id], start}], out}          {vocabularies: [size]}, and in the file `out` float32 rows
+//   {logits: [{gguf, adapter, tokens: [id], start}], out} {vocabularies: [size]}, and in the file `out` float32 rows
 // Text is tokenized with special tokens parsed and nothing added around it. Generation is greedy. A row holds the logits
 // of the whole vocabulary after one token, from position `start` on.
 
 import {closeSync, openSync, readFileSync, writeSync} from "node:fs";
-import {pathToFileURL} from "node:url";
+import {startLlama} from "./node_llama_cpp.mjs";
 
 const request = JSON.parse(readFileSync(0, "utf8"));
-const {getLlama, LlamaLogLevel} = await import(pathToFileURL(request.packages + "/node-llama-cpp/dist/index.js"));
-
-const llama = await getLlama({
-    build: "never", // a binary that is not there is an error, never a download
-    skipDownload: true,
-    gpu: false,
-    progressLogs: false,
-    logLevel: LlamaLogLevel.warn,
-    logger: (level, message) => process.stderr.write(`${level}: ${message}\n`),
-    ...(request.threads ? {maxThreads: request.threads} : {})
-});
-const threads = request.threads ? {threads: request.threads} : {};
+const {llama, contextOptions} = await startLlama(request);
 
 function load(gguf, vocabOnly = false) {
     return llama.loadModel({modelPath: gguf, gpuLayers: 0, vocabOnly});
@@ -61,7 +50,7 @@ async function generateAll({gguf, generate: prompts, maxNewTokens}) {
     const model = await load(gguf);
     const ids = prompts.map((prompt) => promptTokens(model, prompt));
     const longest = Math.max(...ids.map((prompt) => prompt.length));
-    const context = await model.createContext({contextSize: longest + maxNewTokens + 8, ...threads});
+    const context = await model.createContext({contextSize: longest + maxNewTokens + 8, ...contextOptions});
     const sequence = context.getSequence();
     const generations = [];
     for (const prompt of ids)
@@ -97,7 +86,7 @@ async function readModel(model, vocabulary, sequences, file, offset) {
         experimentalKvCacheKeyType: "F32",
         experimentalKvCacheValueType: "F32",
         ...(sequences[0].adapter ? {lora: sequences[0].adapter} : {}),
-        ...threads
+        ...contextOptions
     });
     const sequence = context.getSequence();
     const wanted = {generateNext: {logits: true, options: {temperature: 0}}};

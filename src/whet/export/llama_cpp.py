@@ -71,6 +71,23 @@ def find(folder: Path | None = None) -> Path | None:
     return folder if installed and shutil.which("node") else None
 
 
+def packages() -> Path:
+    """The folder that node finds the packages in. Raises WhetError where they are not installed."""
+    folder = find()
+    if folder is None:
+        raise WhetError(
+            "llama.cpp is not installed",
+            where=str(default_folder()),
+            fix="run whet.export.llama_cpp.install(), or set WHET_NODE to the folder it is in",
+        )
+    return folder / "node_modules"
+
+
+def environment() -> dict[str, str]:
+    """Of a node process that runs them: this one's, and no leave to download."""
+    return {**os.environ, "NODE_LLAMA_CPP_SKIP_DOWNLOAD": "true"}
+
+
 def install(folder: Path | None = None, *, timeout: float = 600) -> Path:
     """Install llama.cpp into `folder` by npm, unless it is there, and return the folder.
 
@@ -207,17 +224,10 @@ def _existing(gguf: Path) -> str:
 
 
 def _run(request: dict[str, Any], timeout: float) -> dict[str, Any]:
-    folder = find()
-    if folder is None:
-        raise WhetError(
-            "llama.cpp is not installed",
-            where=str(default_folder()),
-            fix="run whet.export.llama_cpp.install(), or set WHET_NODE to the folder it is in",
-        )
+    request = {**request, "packages": str(packages())}
     where = request.get("gguf") or ", ".join(
         dict.fromkeys(reading["gguf"] for reading in request.get("tokenize") or request["logits"])
     )
-    request = {**request, "packages": str(folder / "node_modules")}
     try:
         done = subprocess.run(
             ["node", str(_SCRIPT)],
@@ -226,7 +236,7 @@ def _run(request: dict[str, Any], timeout: float) -> dict[str, Any]:
             text=True,
             encoding="utf-8",
             timeout=timeout,
-            env={**os.environ, "NODE_LLAMA_CPP_SKIP_DOWNLOAD": "true"},
+            env=environment(),
         )
     except subprocess.TimeoutExpired:
         raise WhetError(

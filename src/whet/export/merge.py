@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import bitsandbytes.functional as bnb
 import torch
@@ -24,7 +25,7 @@ from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from whet.errors import WhetError
 from whet.export.compressed import SCHEMES
@@ -40,6 +41,9 @@ from whet.models.load import load_config
 QUANTIZED = {"merged_4bit": "nf4"} | {f"merged_{name}": name for name in SCHEMES}
 MERGE_METHODS = ("lora", "merged_16bit", *QUANTIZED)
 BASES = ("dequantized", "original")
+
+Wrapper: TypeAlias = Any
+"""A module of PEFT's around a layer: torch types a module's attributes as tensors, so no stricter type holds."""
 
 
 def save_merged(
@@ -74,7 +78,7 @@ def save_merged(
         raise WhetError("a merged model is not written that way", where=name, fix=f"leave {name.partition('=')[0]} out")
     with staged_folder(folder) as staged:
         if method == "lora":
-            model.save_pretrained(staged, **kwargs)
+            model.save_pretrained(str(staged), **kwargs)
         else:
             _write_merged(model, staged, method, base, dtype, max_shard_size)
         if tokenizer is not None:
@@ -111,7 +115,7 @@ class MergedModel:
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, base: str = "dequantized"):
-        self.plain = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.plain = _without_adapters(model)
         self._originals = _originals(self.plain) if base == "original" else None
         self._tied = dict(getattr(self.plain, "all_tied_weights_keys", None) or {})
         self._last: tuple[str, Tensor] | None = None
@@ -152,27 +156,27 @@ class MergedModel:
         elif isinstance(module, ModulesToSaveWrapper):
             active = module.modules_to_save[module.active_adapters[0]]
             for key, value in active.state_dict().items():
-                self._put(f"{name}.{key}", tuple(value.shape), lambda value=value: value)
+                self._put(f"{name}.{key}", tuple(value.shape), _held(value))
         elif isinstance(module, TrainableTokensWrapper):
-            weight = module.original_module.weight
-            self._put(f"{name}.weight", tuple(weight.shape), lambda: self._with_tokens(f"{name}.weight", module))
+            shape = tuple(module.original_module.weight.shape)
+            self._put(f"{name}.weight", shape, partial(self._with_tokens, f"{name}.weight", module))
         elif not _inside_wrapper(name):
             for key, parameter in module.named_parameters(recurse=False):
-                value = lambda key=key, parameter=parameter: self._base(f"{name}.{key}", module, key, parameter)  # noqa: E731
+                value = partial(self._base, f"{name}.{key}", module, key, parameter)
                 self._put(f"{name}.{key}", _shape(parameter), value)
             for key, buffer in module.named_buffers(recurse=False):
                 if key not in module._non_persistent_buffers_set:
                     dtype = torch.float32 if buffer.is_floating_point() else buffer.dtype
-                    self._put(f"{name}.{key}", tuple(buffer.shape), lambda buffer=buffer: buffer, dtype)
+                    self._put(f"{name}.{key}", tuple(buffer.shape), _held(buffer), dtype)
 
-    def _add_lora(self, name: str, layer: LoraLayer) -> None:
+    def _add_lora(self, name: str, layer: Wrapper) -> None:
         _check_layer(name, layer)
         base = layer.get_base_layer()
         if _inside_wrapper(name):
             return
-        self._put(f"{name}.weight", _shape(base.weight), lambda: self._with_adapters(f"{name}.weight", layer))
+        self._put(f"{name}.weight", _shape(base.weight), partial(self._with_adapters, f"{name}.weight", layer))
         if getattr(base, "bias", None) is not None:
-            self._put(f"{name}.bias", tuple(base.bias.shape), lambda: _bias(layer))
+            self._put(f"{name}.bias", tuple(base.bias.shape), partial(_bias, layer))
 
     def _put(
         self, name: str, shape: tuple[int, ...], value: Callable[[], Tensor], dtype: torch.dtype = torch.float32
@@ -188,7 +192,7 @@ class MergedModel:
             raise WhetError(what, where="base='original'", fix="base='dequantized'")
         return self._originals.rows(held, 0, self._originals.shape(held)[0] if self._originals.shape(held) else 1)
 
-    def _with_adapters(self, name: str, layer: LoraLayer) -> Tensor:
+    def _with_adapters(self, name: str, layer: Wrapper) -> Tensor:
         """The weight of a LoRA layer with its active adapters added, fp32."""
         base = layer.get_base_layer()
         weight = self._base(name, base, "weight", base.weight).detach().to(base.weight.device).float()
@@ -204,7 +208,7 @@ class MergedModel:
                 weight = weight * (ratio if down else ratio[:, None])
         return weight
 
-    def _with_tokens(self, name: str, wrapper: TrainableTokensWrapper) -> Tensor:
+    def _with_tokens(self, name: str, wrapper: Wrapper) -> Tensor:
         """An embedding, or a head, of which some rows were trained."""
         layer = wrapper.token_adapter
         weight = self._base(name, wrapper.original_module, "weight", wrapper.original_module.weight).detach().float()
@@ -214,13 +218,22 @@ class MergedModel:
         return weight
 
 
+def _without_adapters(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+
+
+def _held(value: Tensor) -> Callable[[], Tensor]:
+    return lambda: value
+
+
 def dequantize(module: nn.Module, key: str, parameter: Tensor) -> Tensor:
     """A parameter in floating point: NF4 and 8-bit weights as the forward pass sees them, others as they are."""
-    if getattr(parameter, "quant_state", None) is not None:
-        return bnb.dequantize_4bit(parameter.data, parameter.quant_state)
+    if (state := getattr(parameter, "quant_state", None)) is not None:
+        return bnb.dequantize_4bit(parameter.data, state)
     if parameter.dtype == torch.int8 and key == "weight":
-        scale = parameter.SCB if getattr(parameter, "SCB", None) is not None else module.state.SCB
-        return bnb.int8_vectorwise_dequant(parameter.data, scale)
+        holder: Any = parameter if getattr(parameter, "SCB", None) is not None else module.state
+        whole: Tensor = bnb.int8_vectorwise_dequant(parameter.data, holder.SCB)
+        return whole
     return parameter
 
 
@@ -230,16 +243,16 @@ def _shape(parameter: Tensor) -> tuple[int, ...]:
     return tuple(parameter.shape if state is None else state.shape)
 
 
-def _bias(layer: LoraLayer) -> Tensor:
+def _bias(layer: Wrapper) -> Tensor:
     """The bias of a LoRA layer, with the adapters' own where they have one."""
-    bias = layer.get_base_layer().bias.detach()
+    bias: Tensor = layer.get_base_layer().bias.detach()
     for adapter in layer.active_adapters:
         if layer.lora_bias.get(adapter):
             bias = bias.float() + layer.lora_B[adapter].bias.detach().float() * layer.scaling[adapter]
     return bias
 
 
-def _check_layer(name: str, layer: LoraLayer) -> None:
+def _check_layer(name: str, layer: Wrapper) -> None:
     """Raise WhetError for an adapter that is more than a matrix added to a weight."""
     kinds = {type(variant).__name__ for variant in layer.lora_variant.values() if variant is not None}
     other = sorted(kind for kind in kinds if not kind.startswith("Dora"))
@@ -286,7 +299,8 @@ def _write_merged(
     if source.untied:
         untie(config)
     with torch.device("meta"):
-        shell = type(plain)(config).to(dtype)
+        shell = type(plain)(config)
+        nn.Module.to(shell, dtype)
     form: Format = Plain(dtype)
     if method in QUANTIZED:
         form, _ = form_of(QUANTIZED[method], read_layout(shell), dtype)

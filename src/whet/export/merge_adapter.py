@@ -11,7 +11,6 @@ arXiv:2402.09353. Shapes: A [r, in]; B [out, r].
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +18,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from whet.errors import WhetError
-from whet.export.merge_files import TensorFiles, read_json
+from whet.export.json_files import read_json
+from whet.export.lora_scale import lora_scale
+from whet.export.merge_files import TensorFiles
 
 PREFIX = "base_model.model."
 TOKENS = "token_adapter.trainable_tokens_delta"
@@ -124,7 +124,7 @@ def read_adapter(folder: Path) -> Adapter:
         elif kind == "lora_embedding_A":
             adapter.change(f"{module}.weight").low_rank = _low_rank(adapter, config, name, module, embedding=True)
         elif kind == "lora_B.bias":
-            scale = _scale(config, module, _rank(adapter, name))
+            scale = lora_scale(config, module, _rank(adapter, name))
             adapter.change(f"{module}.bias").shift = _finite(adapter, name) * scale
         elif kind == TOKENS:
             adapter.change(f"{module}.weight").tokens = (_token_ids(config, module, folder), _finite(adapter, name))
@@ -159,6 +159,11 @@ def _check_kind(config: Mapping[str, Any], folder: Path) -> None:
     for name, value in config.items():
         if name not in HARMLESS | {"init_lora_weights"} and value != usual.get(name):
             raise WhetError(f"{name}={value!r} is not merged here", where=where, fix=IN_MEMORY)
+    check_start(config, where)
+
+
+def check_start(config: Mapping[str, Any], where: str) -> None:
+    """Raise WhetError for an adapter that is not for the weights in its base's folder."""
     start = config.get("init_lora_weights", True)
     if start not in STARTS:
         what = f"the adapter started as {start!r}, which changed the base's weights too: the base's folder has others"
@@ -182,13 +187,7 @@ def _low_rank(adapter: Adapter, config: Mapping[str, Any], name: str, module: st
             raise WhetError(f"{stem} is missing", where=str(adapter.folder), fix="copy the adapter again from its run")
         magnitude = _finite(adapter, held).flatten()
     transposed = embedding or bool(config.get("fan_in_fan_out"))
-    return LowRank(down_matrix, up_matrix, _scale(config, module, rank), transposed, magnitude)
-
-
-def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    alphas = config.get("alpha_pattern") or {}
-    alpha = alphas.get(get_pattern_key(list(alphas), module), config["lora_alpha"])
-    return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
+    return LowRank(down_matrix, up_matrix, lora_scale(config, module, rank), transposed, magnitude)
 
 
 def _rank(adapter: Adapter, bias: str) -> int:

@@ -70,10 +70,10 @@ class Base:
         found = self._as_stored(name, start, stop)
         if name in self._eight:
             scales = self._files.rows(_scales_of(name), start, stop).to(self.device)
-            return bnb.int8_vectorwise_dequant(found, scales).float()
-        if self._trained_in("int8", name):
-            found, scales, _ = bnb.int8_vectorwise_quant(found.to(self._computed).half())
-            return bnb.int8_vectorwise_dequant(found, scales).float()
+            found = bnb.int8_vectorwise_dequant(found, scales)
+        elif self._trained_in("int8", name):
+            codes, scales, _ = bnb.int8_vectorwise_quant(found.to(self._computed).half())
+            found = bnb.int8_vectorwise_dequant(codes, scales)
         return found.float() if found.is_floating_point() else found
 
     def _as_stored(self, name: str, start: int, stop: int) -> Tensor:

@@ -25,6 +25,7 @@ from accelerate.utils.modeling import convert_file_size_to_int  # type: ignore[i
 from torch import Tensor
 
 from whet.errors import WhetError
+from whet.export.json_files import read_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -59,7 +60,7 @@ class Part:
         return self.dtype.itemsize * math.prod(self.shape[1:])
 
     @property
-    def bytes(self) -> int:
+    def nbytes(self) -> int:
         return self.dtype.itemsize * math.prod(self.shape)
 
 
@@ -83,7 +84,7 @@ class TensorFiles:
         self.places: dict[str, Place] = {}
         index = folder / f"{stem}.safetensors.index.json"
         if (folder / f"{stem}.safetensors").is_file():
-            self.places = _places(folder / f"{stem}.safetensors")
+            self.places = places_in(folder / f"{stem}.safetensors")
         elif index.is_file():
             self._read_shards(index)
         else:
@@ -98,7 +99,7 @@ class TensorFiles:
         for shard in dict.fromkeys(listed.values()):
             if Path(shard).name != shard:
                 raise WhetError(f"{shard!r} is not the name of a file here", where=str(index), fix="copy it again")
-            self.places |= _places(self.folder / shard)
+            self.places |= places_in(self.folder / shard)
         for name, shard in listed.items():
             if name not in self.places:
                 fix = "copy the shards and the index again, from one source"
@@ -124,7 +125,7 @@ class TensorFiles:
         buffer = torch.empty((stop - start) * part.row_bytes, dtype=torch.uint8)
         with open(place.path, "rb", buffering=0) as file:
             file.seek(place.start + start * part.row_bytes)
-            _fill(file, memoryview(buffer.numpy()), place.path)
+            _fill(file, buffer.numpy().data, place.path)
         return buffer.view(part.dtype).reshape((stop - start, *part.shape[1:]) if part.shape else ())
 
 
@@ -142,18 +143,7 @@ def strips(shape: Sequence[int], multiple: int = 1) -> Iterator[tuple[int, int]]
         yield start, min(start + rows, total)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises WhetError where it is missing or something else."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WhetError(f"cannot be read: {error}", where=str(path), fix="copy it again from its source") from error
-    if not isinstance(found, dict):
-        raise WhetError("holds no JSON object", where=str(path), fix="copy it again from its source")
-    return found
-
-
-def _places(path: Path) -> dict[str, Place]:
+def places_in(path: Path) -> dict[str, Place]:
     """Every tensor of a file, in the order of its data."""
     broken = "copy the file again from its source"
     try:
@@ -166,7 +156,7 @@ def _places(path: Path) -> dict[str, Place]:
             places = [_place(path, name, entry, 8 + length) for name, entry in header.items() if name != "__metadata__"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WhetError(f"is no safetensors file: {error}", where=str(path), fix=broken) from error
-    end = max((place.start + place.part.bytes for place in places), default=8 + length)
+    end = max((place.start + place.part.nbytes for place in places), default=8 + length)
     if end != size:
         what = f"its tensors take {end} bytes, the file has {size}"
         raise WhetError(f"the file is cut short: {what}" if end > size else what, where=str(path), fix=broken)
@@ -178,7 +168,7 @@ def _place(path: Path, name: str, entry: dict[str, Any], data: int) -> Place:
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"{name} is of dtype {entry['dtype']}, which is not read")
     part = Part(name, DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"]))
-    if min(part.shape, default=0) < 0 or start < 0 or stop - start != part.bytes:
+    if min(part.shape, default=0) < 0 or start < 0 or stop - start != part.nbytes:
         raise ValueError(f"the header's offsets of {name} are not those of its shape")
     return Place(path, part, data + start)
 
@@ -197,8 +187,8 @@ class _Shard:
     parts: list[Part] = field(default_factory=list)
 
     @property
-    def bytes(self) -> int:
-        return sum(part.bytes for part in self.parts)
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
 
 
 class ShardWriter:
@@ -219,21 +209,21 @@ class ShardWriter:
         self._stack = ExitStack()
 
     @property
-    def bytes(self) -> int:
+    def nbytes(self) -> int:
         """Of all tensors."""
-        return sum(shard.bytes for shard in self._shards)
+        return sum(shard.nbytes for shard in self._shards)
 
     def __enter__(self) -> ShardWriter:
         count = len(self._shards)
         with ExitStack() as stack:
-            names = {}
+            names: dict[str, str] = {}
             for number, shard in enumerate(self._shards, 1):
                 single = count == 1
                 name = "model.safetensors" if single else f"model-{number:05}-of-{count:05}.safetensors"
                 self._open(stack.enter_context(open(self.folder / name, "wb", buffering=0)), shard)
                 names |= {part.name: name for part in shard.parts}
             if count > 1:
-                index = {"metadata": {"total_size": self.bytes}, "weight_map": dict(sorted(names.items()))}
+                index = {"metadata": {"total_size": self.nbytes}, "weight_map": dict(sorted(names.items()))}
                 text = json.dumps(index, indent=2) + "\n"
                 (self.folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
             self._stack = stack.pop_all()
@@ -256,7 +246,7 @@ class ShardWriter:
         expected = rows.shape[0] if part.shape else 1
         assert rows.dtype == part.dtype, name
         assert start + expected <= first_axis(part.shape), name
-        data = memoryview(rows.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        data = rows.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
         assert len(data) == expected * part.row_bytes, name
         self._left[name] -= len(data)
         file.seek(offset + start * part.row_bytes)
@@ -268,11 +258,11 @@ class ShardWriter:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for part in sorted(shard.parts, key=lambda part: -part.dtype.itemsize):
-            offsets = [end, end + part.bytes]
+            offsets = [end, end + part.nbytes]
             header[part.name] = {"dtype": NAMES[part.dtype], "shape": list(part.shape), "data_offsets": offsets}
             self._places[part.name] = (file, part, end)
-            self._left[part.name] = part.bytes
-            end += part.bytes
+            self._left[part.name] = part.nbytes
+            end += part.nbytes
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         file.write(len(text).to_bytes(8, "little") + text)
@@ -283,7 +273,7 @@ class ShardWriter:
 def _shards(groups: Sequence[Sequence[Part]], limit: int) -> list[_Shard]:
     shards = [_Shard()]
     for group in groups:
-        if shards[-1].parts and shards[-1].bytes + sum(part.bytes for part in group) > limit:
+        if shards[-1].parts and shards[-1].nbytes + sum(part.nbytes for part in group) > limit:
             shards.append(_Shard())
         shards[-1].parts.extend(group)
     return shards
@@ -291,7 +281,7 @@ def _shards(groups: Sequence[Sequence[Part]], limit: int) -> list[_Shard]:
 
 def _limit(limit: int | str) -> int:
     try:
-        found = convert_file_size_to_int(limit)
+        found = int(convert_file_size_to_int(limit))
     except ValueError:
         found = 0
     if found < 1:

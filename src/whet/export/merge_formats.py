@@ -68,9 +68,9 @@ def write_weights(
     with ShardWriter(folder, list(groups.values()), max_shard_size) as writer:
         for name, parts in groups.items():
             form.write(name, source, writer)
-            written += sum(part.bytes for part in parts)
+            written += sum(part.nbytes for part in parts)
             if track:
-                track(written, writer.bytes)
+                track(written, writer.nbytes)
     return written
 
 

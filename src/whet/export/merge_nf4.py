@@ -73,8 +73,10 @@ def _quantize_strip(strip: Tensor) -> tuple[Tensor, Tensor]:
 
 def _dequantize_absmax(state: bnb.QuantState) -> Tensor:
     if state.state2 is None:
-        return state.absmax.float()
-    return (bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset).float()
+        scales: Tensor = state.absmax
+    else:
+        scales = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    return scales.float()
 
 
 def held_in_4bit(files: TensorFiles, name: str) -> bool:

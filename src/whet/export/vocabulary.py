@@ -6,7 +6,6 @@ and answer nonsense. Everything found is reported at once.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from whet.data.fingerprint import NAME, Fingerprint, check, fingerprint
 from whet.errors import WhetError, WhetErrors
 from whet.export.gguf_tokenizer import load_tokenizer
 from whet.export.json_files import read_json
+from whet.export.merge_files import places_in
 
 _EMBEDDING = ("embed_tokens.weight", "embed_tokens.modules_to_save.default.weight")
 _HEAD = ("lm_head.weight", "lm_head.modules_to_save.default.weight")
@@ -92,7 +92,8 @@ def _size_faults(found: Vocabulary, model_dir: Path, adapter_dir: Path | None) -
             where=where,
             fix="save the model again",
         )
-    stated = read_json(model_dir / "config.json").get("vocab_size")
+    config = read_json(model_dir / "config.json")
+    stated = config.get("text_config", config).get("vocab_size")
     if stated != found.rows and adapter_dir is None:
         yield WhetError(
             f"vocab_size is {stated} but the embedding has {found.rows} rows",
@@ -161,22 +162,7 @@ def _rows(folders: list[Path], endings: tuple[str, ...]) -> int | None:
     """Rows of the first tensor whose name ends so; None where no file holds one."""
     for folder in folders:
         for path in sorted(folder.glob("*.safetensors")):
-            for name, shape in _shapes(path):
+            for name, place in places_in(path).items():
                 if name.endswith(endings):
-                    return shape[0]
+                    return place.part.shape[0]
     return None
-
-
-def _shapes(path: Path) -> Iterator[tuple[str, list[int]]]:
-    """Tensor name and shape, from a safetensors file's header: 8 bytes of its length, then JSON."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > path.stat().st_size:
-            raise WhetError("the file is cut short or no safetensors", where=str(path), fix="save the model again")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise WhetError(f"the file has no header: {error}", where=str(path), fix="save the model again") from None
-    for name, about in header.items():
-        if name != "__metadata__":
-            yield name, about["shape"]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from whet.quant.grids import MOST_SCALE, SMALLEST_COVER, Affine
-from whet.quant.tiles import FAR, LANES, ONE, TINY, TWO, ZERO, Bytes, Floats, find_range, invert, jit, load
+from whet.quant.tiles import FAR, LANES, ONE, TINY, TWO, ZERO, Bytes, Floats, find_range, helper, invert, jit, load
 from whet.quant.tiles import scale_by as _scale_by
 from whet.quant.tiles import weigh as _weigh
 
@@ -18,7 +18,7 @@ def affine_search(x_BN: Tensor, h_PN: Tensor | None, grid: Affine) -> tuple[Tens
     """As `affine.affine_search`, on the CPU."""
     scale, offset = np.empty(x_BN.shape[0], np.float32), np.empty(x_BN.shape[0], np.float32)
     trials, weighing = grid.search(h_PN is not None)
-    settings = np.float32(grid.top), np.array(trials, np.float32), grid.polish, grid.below_zero
+    settings = np.float32(grid.top), np.array((0, *trials), np.float32), grid.polish, grid.below_zero
     _search(x_BN.numpy(), _importance(h_PN), int(weighing), *settings, scale, offset)
     return torch.from_numpy(scale), torch.from_numpy(offset)
 
@@ -39,7 +39,7 @@ def _importance(h_PN: Tensor | None) -> Floats:
     return np.empty((0, 0), np.float32) if h_PN is None else h_PN.numpy()
 
 
-@jit
+@helper
 def _moments(u: Floats, w: Floats, wu: Floats, offset: Floats, inverse: Floats, top: np.float32, s: Floats) -> None:
     """s [3, LANES]: sums of w q, w q^2 and w u q, for the q that (u - offset) * inverse rounds to."""
     s[:] = ZERO
@@ -52,7 +52,7 @@ def _moments(u: Floats, w: Floats, wu: Floats, offset: Floats, inverse: Floats, 
             s[2, lane] += wu[i, lane] * q
 
 
-@jit
+@helper
 def _fit(s: Floats, sums: Floats, top: np.float32, best: Floats) -> None:
     """The best scale and offset for a q with these moments; kept where they beat what is there.
 
@@ -76,7 +76,7 @@ def _fit(s: Floats, sums: Floats, top: np.float32, best: Floats) -> None:
         best[2, lane] = loss if better else best[2, lane]
 
 
-@jit
+@helper
 def _stretch(u: Floats, w: Floats, wu: Floats, low: Floats, span: Floats, below_zero: bool, sums: Floats) -> None:
     """Replace x in u by its place from 0 to 1 over the block's range; low and span hold its least and greatest weight,
     and then its start and length. Sums of w and w u, and the largest offset, go to `sums`."""
@@ -122,24 +122,17 @@ def _search(
         invert(row, inverse)
         _weigh(u, inverse, h, first, weighing, w, row)
         _stretch(u, w, wu, low, span, below_zero, sums)
-        row[:] = ZERO
-        inverse[:] = top
-        _moments(u, w, wu, row, inverse, top, s)
         step = ONE / top
-        for lane in range(LANES):
-            best[0, lane] = step
-            best[1, lane] = ZERO
-            best[2, lane] = step * (step * s[1, lane] - TWO * s[2, lane])
-        _fit(s, sums, top, best)
-        for trial in trials:
-            inverse[:] = top + trial
-            _moments(u, w, wu, row, inverse, top, s)
-            _fit(s, sums, top, best)
-        for _ in range(polish):
+        for trial in range(trials.shape[0] + polish):
             for lane in range(LANES):
-                row[lane] = best[1, lane]
-                inverse[lane] = ONE / best[0, lane]
+                row[lane] = ZERO if trial < trials.shape[0] else best[1, lane]
+                inverse[lane] = top + trials[trial] if trial < trials.shape[0] else ONE / best[0, lane]
             _moments(u, w, wu, row, inverse, top, s)
+            if trial == 0:
+                for lane in range(LANES):
+                    best[0, lane] = step
+                    best[1, lane] = ZERO
+                    best[2, lane] = step * (step * s[1, lane] - TWO * s[2, lane])
             _fit(s, sums, top, best)
         for lane in range(count):
             b = low[lane] + best[1, lane] * span[lane]
@@ -147,7 +140,7 @@ def _search(
             offset[first + lane] = min(b, ZERO) if below_zero else b
 
 
-@jit
+@helper
 def _loss(u: Floats, w: Floats, a: Floats, b: Floats, inverse: Floats, top: np.float32, loss: Floats) -> None:
     """Weighted squared error of each block on the grid a q + b, with inverse = 1 / a."""
     loss[:] = ZERO
@@ -158,7 +151,7 @@ def _loss(u: Floats, w: Floats, a: Floats, b: Floats, inverse: Floats, top: np.f
             loss[lane] += w[i, lane] * (error * error)
 
 
-@jit
+@helper
 def _place(units: Floats, multiples: Floats, a: Floats, b: Floats, inverse: Floats) -> None:
     """The grid of a pair of units and a pair of multiples: scale, offset and 1 / scale."""
     for lane in range(LANES):
@@ -167,7 +160,7 @@ def _place(units: Floats, multiples: Floats, a: Floats, b: Floats, inverse: Floa
     invert(a, inverse)
 
 
-@jit
+@helper
 def _try_steps(u: Floats, w: Floats, tops: Floats, steps: Floats, unit: Floats, best: Floats, rows: Floats) -> None:
     """Put the best of the neighbours of `best` [2, LANES], multiples of scale and offset, in its place."""
     a, b, inverse, loss, least = rows[0], rows[1], rows[2], rows[3], rows[4]

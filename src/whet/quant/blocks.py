@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from whet.errors import WhetError
-from whet.quant.kernels import TORCH, Kernels, compiled
+from whet.quant.kernels import TORCH, Kernels, for_cpu
 
 FloatArray = NDArray[np.float32]
 ByteArray = NDArray[np.uint8]
 
-# Weights a piece. On the CPU the arrays in use stay in a core's cache, and calls into torch are few enough not to show;
-# elsewhere a piece keeps a GPU busy for longer than it takes to launch the next operation, in about 4 GiB.
-_CPU_PIECE, _DEVICE_PIECE = 1 << 18, 1 << 26
+# Weights a piece. On the CPU so many that calls into torch and numba do not show, in some 20 MiB; elsewhere a piece
+# keeps a GPU busy for longer than it takes to launch the next operation, in about 4 GiB.
+_CPU_PIECE, _DEVICE_PIECE = 1 << 20, 1 << 26
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,19 @@ class GGUFType:
         """Bytes of a row of `cols` weights; `cols` is a multiple of the block size."""
         return cols // self.block_size * self.block_bytes
 
-    def encode(self, x: FloatArray, importance: FloatArray | None = None) -> ByteArray:
-        """Encode x [rows, cols], with importance [cols] -> [rows, bytes]. On one thread; releases the GIL mostly.
+    def encode(self, x: FloatArray, importance: FloatArray | None = None, kernels: Kernels | None = None) -> ByteArray:
+        """Encode x [rows, cols], with importance [cols] -> [rows, bytes]. On the CPU; releases the GIL mostly.
 
+        kernels: `for_cpu` chooses where none are given; the bytes are the same by all.
         Raises WhetError when `cols` is no multiple of the block size, a weight is NaN, infinite or above `max_abs`, or
         importance is NaN, infinite or negative.
         """
         out = np.empty((x.shape[0], self.row_bytes(x.shape[1])), np.uint8)
         h = None if importance is None else _tensor(importance)
-        self._encode(_tensor(x), h, torch.from_numpy(out), _CPU_PIECE, compiled())
+        if kernels is None:  # of single numbers there is nothing to compile
+            kernels = for_cpu(self.name, x.size) if self.block_size > 1 else TORCH
+        with torch.no_grad():
+            self._encode(_tensor(x), h, torch.from_numpy(out), _CPU_PIECE, kernels)
         return out
 
     def encode_torch(self, x: Tensor, importance: Tensor | None = None) -> Tensor:
@@ -99,20 +103,24 @@ class GGUFType:
         step = max(1, weights // max(1, cols))
         for start in range(0, rows, step):
             piece = x[start : start + step].to(torch.float32).contiguous()
-            self._check(piece)
+            if piece.numel():
+                self._check(kernels.largest(piece))
             encoded = self.to_bytes(piece.view(-1, self.block_size), h, kernels)
-            out[start : start + step] = encoded.view(-1, out.shape[1])
+            _copy(encoded.view(-1, out.shape[1]), out[start : start + step])
 
-    def _check(self, piece: Tensor) -> None:
-        if not piece.numel():
-            return
-        least, greatest = piece.aminmax()
-        largest = max(-float(least), float(greatest))
+    def _check(self, largest: float) -> None:
         if not largest <= self.max_abs:  # NaN compares false
             raise WhetError(
                 f"a weight of magnitude {largest:g} does not fit {self.name}, which holds up to {self.max_abs:g}",
                 fix="check the weights for NaN or overflow; f32 or bf16 hold every finite weight",
             )
+
+
+def _copy(encoded: Tensor, out: Tensor) -> None:
+    if out.device.type == "cpu":  # torch would wake its own threads, and encoders run on threads already
+        np.copyto(out.numpy(), encoded.numpy())
+    else:
+        out.copy_(encoded)
 
 
 def _tensor(array: NDArray[np.generic]) -> Tensor:

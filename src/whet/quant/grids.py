@@ -27,9 +27,8 @@ class Weighing(IntEnum):
 
     MAGNITUDE = 0  # |u|
     SUM = 1  # |u| + rms(u)
-    SQUARE = 2  # u^2
-    IMPORTANCE = 3  # h
-    SMOOTHED = 4  # h * sqrt(mean(u^2) + u^2)
+    IMPORTANCE = 2  # h
+    SMOOTHED = 3  # h * sqrt(mean(u^2) + u^2)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,8 +32,6 @@ def weigh(u_NB: Tensor, h_PN: Tensor | None, weighing: Weighing) -> Tensor:
         assert h_PN is not None
         h_NB = _relative(h_PN).T.repeat(1, u_NB.shape[1] // h_PN.shape[0])
         return h_NB if weighing == Weighing.IMPORTANCE else h_NB * _sqrt(_mean_square(u_NB) + u_NB * u_NB)
-    if weighing == Weighing.SQUARE:
-        return u_NB * u_NB
     return u_NB.abs() + _sqrt(_mean_square(u_NB)) if weighing == Weighing.SUM else u_NB.abs()
 
 

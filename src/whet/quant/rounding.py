@@ -18,6 +18,12 @@ from whet.quant.packing import half_bytes, pack_five_bits, pack_nibbles
 BELOW_HALF = 0.49999997
 
 
+def largest(x: Tensor) -> float:
+    """The largest magnitude in x; NaN where there is one."""
+    least, greatest = x.aminmax()
+    return max(-float(least), float(greatest))
+
+
 def plain_int8(x: Tensor) -> Tensor:
     """x ~ d * q with d = max|x| / 127."""
     d = _divide(x.abs().amax(1), 127)  # never -0

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from whet.quant.grids import CODEBOOK, MOST_SCALE, SMALLEST_COVER, Symmetric
-from whet.quant.tiles import FAR, LANES, ONE, TWO, ZERO, Bytes, Floats, find_range, invert, jit, load
+from whet.quant.tiles import FAR, LANES, ONE, TWO, ZERO, Bytes, Floats, find_range, helper, invert, jit, load
 from whet.quant.tiles import scale_by as _scale_by
 from whet.quant.tiles import weigh as _weigh
 
@@ -64,7 +64,7 @@ def _nearest(v: np.float32) -> np.float32:
     return level
 
 
-@jit
+@helper
 def _levels(u: Floats, inverse: Floats, ends: Floats, codebook: bool, out: Floats) -> None:
     """The level of each weight, for the scale 1 / inverse. `out` may be `u`."""
     low, high = ends[0], ends[1]
@@ -77,7 +77,7 @@ def _levels(u: Floats, inverse: Floats, ends: Floats, codebook: bool, out: Float
                 out[i, lane] = min(max(np.rint(u[i, lane] * inverse[lane]), low), high)
 
 
-@jit
+@helper
 def _moments(u: Floats, w: Floats, wu: Floats, inverse: Floats, ends: Floats, codebook: bool, s: Floats) -> None:
     """s [2, LANES]: sums of w u level and w level^2, for the levels of the scale 1 / inverse."""
     low, high = ends[0], ends[1]
@@ -95,7 +95,7 @@ def _moments(u: Floats, w: Floats, wu: Floats, inverse: Floats, ends: Floats, co
                 s[1, lane] += w[i, lane] * level * level
 
 
-@jit
+@helper
 def _fit(s: Floats, low: np.float32, best: Floats) -> None:
     """best [2, LANES]: scale and its gain; replaced where the least-squares scale for these sums gains more."""
     for lane in range(LANES):
@@ -107,7 +107,7 @@ def _fit(s: Floats, low: np.float32, best: Floats) -> None:
         best[1, lane] = gain if better else best[1, lane]
 
 
-@jit
+@helper
 def _load_relative(x: Floats, first: int, u: Floats, extreme: Floats, inverse: Floats) -> int:
     """Load a tile of x; extreme: each block's weight of largest magnitude, the positive one of two; inverse: 1 over."""
     count = load(x, first, u)
@@ -149,7 +149,7 @@ def _search(
             scale[first + lane] = best[0, lane] * extreme[lane]
 
 
-@jit
+@helper
 def _try_steps(
     u: Floats, w: Floats, ends: Floats, codebook: bool, steps: Floats, unit: Floats, best: Floats, level: Floats
 ) -> None:
@@ -213,7 +213,7 @@ def _find_codes(
                 codes[first + lane, i] = _code(level[i, lane], ends[0], codebook)
 
 
-@jit
+@helper
 def _code(level: np.float32, low: np.float32, codebook: bool) -> np.uint8:
     """How many levels lie below this one."""
     if not codebook:

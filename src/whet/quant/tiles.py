@@ -29,16 +29,17 @@ def jit_with(**options: Any) -> Callable[[_F], _F]:
     return cast(Callable[[_F], _F], numba.njit(nogil=True, error_model="numpy", **options))
 
 
-jit = jit_with()
+# For what Python calls, and for what only other compiled functions call; a wrapper takes a tenth of a second.
+jit = jit_with(no_cfunc_wrapper=True)
+helper = jit_with(no_cfunc_wrapper=True, no_cpython_wrapper=True)
 LANES = 64
 # Python's own numbers would widen the arithmetic to float64.
 ZERO, ONE, TWO, FAR = np.float32(0), np.float32(1), np.float32(2), np.float32(1e30)
 TINY = np.float32(NEGLIGIBLE)
-_SUM, _SQUARE = int(Weighing.SUM), int(Weighing.SQUARE)
-_IMPORTANCE, _SMOOTHED = int(Weighing.IMPORTANCE), int(Weighing.SMOOTHED)
+_SUM, _IMPORTANCE, _SMOOTHED = int(Weighing.SUM), int(Weighing.IMPORTANCE), int(Weighing.SMOOTHED)
 
 
-@jit
+@helper
 def load(x: Floats, first: int, tile: Floats) -> int:
     """Transpose blocks first, first + 1, ... of x [B, N] into the tile, zeros beyond the last; how many there were."""
     count: int = min(LANES, x.shape[0] - first)
@@ -48,7 +49,7 @@ def load(x: Floats, first: int, tile: Floats) -> int:
     return count
 
 
-@jit
+@helper
 def find_range(tile: Floats, low: Floats, high: Floats) -> None:
     """The least and the greatest weight of each block."""
     for lane in range(LANES):
@@ -60,14 +61,14 @@ def find_range(tile: Floats, low: Floats, high: Floats) -> None:
             high[lane] = max(high[lane], tile[i, lane])
 
 
-@jit
+@helper
 def invert(x: Floats, out: Floats) -> None:
     """1 / x, and 0 where |x| is negligible. `out` may be `x`."""
     for lane in range(LANES):
         out[lane] = ONE / x[lane] if abs(x[lane]) > TINY else ZERO
 
 
-@jit
+@helper
 def scale_by(tile: Floats, factor: Floats) -> None:
     """Multiply each block by its factor."""
     for i in range(tile.shape[0]):
@@ -75,34 +76,32 @@ def scale_by(tile: Floats, factor: Floats) -> None:
             tile[i, lane] *= factor[lane]
 
 
-@jit
+@helper
 def weigh(tile: Floats, inverse: Floats, h: Floats, first: int, weighing: int, w: Floats, row: Floats) -> None:
     """Write to w how much each error counts. u = tile * inverse is x relative to the block's largest magnitude.
 
     h [P, N]: importance of a row's P blocks. row: scratch.
     """
-    if weighing >= _IMPORTANCE:
-        _load_importance(h, first, w, row)
     if weighing in (_SUM, _SMOOTHED):
         _mean_square(tile, inverse, row)
-    for i in range(tile.shape[0]):
-        if weighing == _SUM:
+    else:
+        row[:] = ZERO
+    if weighing < _IMPORTANCE:
+        for lane in range(LANES):
+            row[lane] = np.sqrt(row[lane])
+        for i in range(tile.shape[0]):
             for lane in range(LANES):
-                w[i, lane] = abs(tile[i, lane] * inverse[lane]) + np.sqrt(row[lane])
-        elif weighing == _SQUARE:
-            for lane in range(LANES):
-                u = tile[i, lane] * inverse[lane]
-                w[i, lane] = u * u
-        elif weighing == _SMOOTHED:
+                w[i, lane] = abs(tile[i, lane] * inverse[lane]) + row[lane]
+        return
+    _load_importance(h, first, w)
+    if weighing == _SMOOTHED:
+        for i in range(tile.shape[0]):
             for lane in range(LANES):
                 u = tile[i, lane] * inverse[lane]
                 w[i, lane] *= np.sqrt(row[lane] + u * u)
-        elif weighing != _IMPORTANCE:
-            for lane in range(LANES):
-                w[i, lane] = abs(tile[i, lane] * inverse[lane])
 
 
-@jit
+@helper
 def _mean_square(tile: Floats, inverse: Floats, out: Floats) -> None:
     share = ONE / np.float32(tile.shape[0])
     out[:] = ZERO
@@ -114,15 +113,13 @@ def _mean_square(tile: Floats, inverse: Floats, out: Floats) -> None:
         out[lane] *= share
 
 
-@jit
-def _load_importance(h: Floats, first: int, w: Floats, largest: Floats) -> None:
+@helper
+def _load_importance(h: Floats, first: int, w: Floats) -> None:
     """The importance of each weight relative to its block's greatest; ones where the whole block has none."""
     for lane in range(LANES):
         block = (first + lane) % h.shape[0]
-        largest[lane] = ZERO
+        largest = ZERO
         for i in range(w.shape[0]):
-            w[i, lane] = h[block, i]
-            largest[lane] = max(largest[lane], w[i, lane])
-    for i in range(w.shape[0]):
-        for lane in range(LANES):
-            w[i, lane] = w[i, lane] / largest[lane] if largest[lane] > ZERO else ONE
+            largest = max(largest, h[block, i])
+        for i in range(w.shape[0]):
+            w[i, lane] = h[block, i] / largest if largest > ZERO else ONE

@@ -50,6 +50,8 @@ class Record:
     error: str | None = None
     left: bool = False
     """The client went away, or read nothing any more, before its answer was whole."""
+    cut: bool = False
+    """The server goes down, and the answer must end before it is whole."""
     keep: bool = False
     """Whether what is asked and answered is written down too."""
     request: Any = None

@@ -18,6 +18,7 @@ from whet.serve.gate import Gate, Identifies
 from whet.serve.interface import Engine
 from whet.serve.limits import Limits, Settings
 from whet.serve.metrics import Metrics
+from whet.serve.page import router as page
 from whet.serve.routes import Desk, router
 
 NO_TELEMETRY: TelemetryConfig = {
@@ -32,7 +33,7 @@ NO_TELEMETRY: TelemetryConfig = {
 
 @dataclass
 class Parts:
-    """What stands around the engine; each has a part in every request."""
+    """What stands around the engine; each has a part in every request. page: whether the chat page is served too."""
 
     auth: Identifies
     settings: Settings = field(default_factory=Settings)
@@ -41,6 +42,7 @@ class Parts:
     log: AccessLog = field(default_factory=AccessLog)
     drain: Drain = field(default_factory=Drain)
     hosts: Collection[str] = ()
+    page: bool = True
 
 
 def make_app(engine: Engine, parts: Parts) -> Gate:
@@ -70,6 +72,8 @@ def routes_over(engine: Engine, parts: Parts) -> FastAPI:
     )
     app.state.desk = Desk(engine, parts.settings, parts.metrics, parts.drain)
     app.include_router(router)
+    if parts.page:
+        app.include_router(page)
     for error in (ApiError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(error, _told)
     return app

@@ -2,7 +2,7 @@
 
 Until the models are there, and while it drains, the server answers: /ready says 503, so that a load balancer looks
 elsewhere, and so does every new request. Draining gives what runs time to end. Answers that are not ready when the time
-is over are cut off; a second signal does that at once.
+is over are cut off, and say so; a second signal does that at once.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ class Drain:
         self.ready = False
         self.draining = False
         self.running = 0
+        self.cut_off = asyncio.Event()
+        """Set when answers that still run are to end now."""
         self._quiet = asyncio.Event()
         self._quiet.set()
 
@@ -55,6 +57,12 @@ class Drain:
         except TimeoutError:
             return False
         return True
+
+
+def cut_short() -> ApiError:
+    """What an answer ends with that the server had no time left for."""
+    what = "The server is going down, and cut this answer off."
+    return ApiError(503, what, code="cut_off", retry_after=5, headers=CLOSE)
 
 
 CLOSE = {"connection": "close"}

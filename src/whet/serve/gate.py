@@ -19,7 +19,7 @@ from pydantic_core import from_json
 
 from whet.serve.access_log import AccessLog, Record
 from whet.serve.auth import Headers, Identity, is_public
-from whet.serve.drain import Drain
+from whet.serve.drain import CLOSE, Drain, cut_short
 from whet.serve.errors import ApiError, unforeseen
 from whet.serve.exchange import ClientGone, Exchange
 from whet.serve.limits import Limits, Settings
@@ -73,7 +73,7 @@ class Gate:
             except ClientGone:
                 record.left = True
             except asyncio.CancelledError:
-                record.error = "cut off"
+                record.error = "cut_off"
                 raise
             except Exception as error:  # a bug; the client learns nothing of it
                 logger.exception("%s %s failed", record.id, record.route)
@@ -106,7 +106,7 @@ class Gate:
             await self._run(scope, exchange, body)
 
     async def _run(self, scope: Scope, exchange: Exchange, body: bytes) -> None:
-        """The application, until it is done or the client has gone."""
+        """The application, until it is done, the client has gone, or the server has no time left."""
         scope = {**scope, "state": {**scope.get("state", {}), "record": exchange.record}}
 
         async def answer() -> None:
@@ -114,21 +114,22 @@ class Gate:
 
         work = asyncio.create_task(answer())
         watch = asyncio.create_task(exchange.gone())
+        cut = asyncio.create_task(self.drain.cut_off.wait())
         try:
-            await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
-            if not work.done() and exchange.complete:
-                await work  # the answer is out; what is left is tidying up
-            elif not work.done():
+            await asyncio.wait((work, watch, cut), return_when=asyncio.FIRST_COMPLETED)
+            if not work.done() and not exchange.complete:
+                exchange.record.cut = not watch.done()  # a stream that has begun then tells its reader
                 work.cancel()
                 with suppress(asyncio.CancelledError):
                     await work
-                raise ClientGone
+                if not exchange.complete:
+                    raise cut_short() if exchange.record.cut else ClientGone
             else:
-                work.result()
+                await work  # where the answer is out, what is left is tidying up
         finally:
-            for task in (work, watch):
+            for task in (work, watch, cut):
                 task.cancel()
-            await asyncio.gather(work, watch, return_exceptions=True)
+            await asyncio.gather(work, watch, cut, return_exceptions=True)
 
     # ---------------------------------------------------------------- what a request must be
 
@@ -195,6 +196,3 @@ def _without_port(host: str) -> str:
     """A host's name in lower case: of `[::1]:80` the part in brackets."""
     name = host.partition("/")[0].lower()
     return name.partition("]")[0].removeprefix("[") if name.startswith("[") else name.partition(":")[0]
-
-
-CLOSE = {"connection": "close"}

@@ -130,7 +130,7 @@ class DrainingServer(uvicorn.Server):
     def end(self, number: int) -> None:
         """What a signal does."""
         if self.ended_by is not None:
-            self.should_exit = True
+            self._exit()
             return
         self.ended_by = number
         self._drain.begin()
@@ -138,6 +138,11 @@ class DrainingServer(uvicorn.Server):
 
     async def _exit_when_quiet(self) -> None:
         await self._drain.quiet(self._patience)
+        self._exit()
+
+    def _exit(self) -> None:
+        """Answers that still run get CUT seconds to say that they are not whole."""
+        self._drain.cut_off.set()
         self.should_exit = True
 
 

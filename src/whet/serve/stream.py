@@ -14,6 +14,7 @@ from pydantic_core import to_json
 from starlette.responses import Response
 
 from whet.serve.access_log import Record
+from whet.serve.drain import cut_short
 from whet.serve.errors import ApiError, from_engine, unforeseen
 from whet.serve.exchange import ClientGone
 from whet.serve.interface import Engine, EngineDown, Finish, Piece, Request, TokenLogprob
@@ -110,9 +111,10 @@ class _Reader:
             more, last = self._tools.finish()
             shown, calls = shown + more, calls + last
         calls = calls[: 0 if self._called else 1] if self._one_call else calls
-        self._called = self._called or bool(calls or piece.tool_calls)
+        raw = tuple(call for call in piece.tool_calls if not (self._one_call and call.get("index")))
+        self._called = self._called or bool(calls or raw)
         finish: Finish | None = "tool_calls" if piece.finish == "stop" and self._called else piece.finish
-        return [Delta(self._index, shown, tuple(calls), piece.tool_calls, piece.logprobs, finish)]
+        return [Delta(self._index, shown, tuple(calls), raw, piece.logprobs, finish)]
 
 
 async def side_by_side(engine: Engine, requests: Sequence[Request]) -> AsyncGenerator[tuple[int, Piece]]:
@@ -191,6 +193,11 @@ class EventStream(Response):
                     await send({"type": "http.response.body", "body": part, "more_body": True})
             except ClientGone:
                 raise
+            except asyncio.CancelledError:
+                if not self._record.cut:
+                    raise
+                _stay()
+                last = event(self._failed(cut_short()).body())
             except Exception as error:
                 last = event(self._failed(error).body())
             await send({"type": "http.response.body", "body": last, "more_body": False})
@@ -201,3 +208,10 @@ class EventStream(Response):
             logger.error("%s failed", self._record.id, exc_info=error)
         self._record.error = refusal.code
         return refusal
+
+
+def _stay() -> None:
+    """This task was told to end, and has a last word to say first."""
+    task = asyncio.current_task()
+    assert task is not None
+    task.uncancel()

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from tests.road import write_recipe
 from whet.data.formats import Source
 from whet.data.prep.engine import Local, RayData
-from whet.data.prep.prep import prep
+from whet.data.prep.prep import _are_small, prep
 from whet.data.prep.steps import Dedup, Leaks, Redaction, Split, Steps
 from whet.data.prep.versions import Store, Version, difference
 from whet.errors import WhetError, WhetErrors
@@ -86,7 +87,8 @@ def test_how_rows_lie_in_files_changes_nothing(tmp_path_factory: pytest.TempPath
     assert len(digests) == 1
 
 
-def test_cores_and_order_of_sources_change_nothing(tmp_path: Path) -> None:
+def test_cores_and_order_of_sources_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("whet.data.prep.prep.SMALL", 0)  # few rows would be left to one process
     for i in range(4):
         write(tmp_path, f"{i}.jsonl", rows(40, 40 * i))
     named = tuple(Source(f"{i}.jsonl") for i in range(4))
@@ -94,6 +96,31 @@ def test_cores_and_order_of_sources_change_nothing(tmp_path: Path) -> None:
     two = made(tmp_path, replace(STEPS, sources=named[::-1]), tmp_path / "two", engine=Local(2))
     assert one.digest == two.digest
     assert one.manifest["files"] == two.manifest["files"]
+
+
+def test_few_rows_start_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches processes started for rows that are through before those are, and many rows left to one."""
+
+    class Started(Exception):
+        pass
+
+    def started(engine: Local) -> None:
+        raise Started
+
+    monkeypatch.setattr(Local, "_started", started)
+    files = [write(tmp_path, name, rows(40, first)) / name for name, first in (("a.jsonl", 0), ("b.jsonl", 40))]
+    steps = replace(STEPS, sources=tuple(Source(file.name) for file in files))
+    made(tmp_path, steps, engine=Local(2))
+    monkeypatch.setattr("whet.data.prep.prep.SMALL", sum(file.stat().st_size for file in files))
+    with pytest.raises(Started):
+        made(tmp_path, steps, tmp_path / "other", engine=Local(2))
+
+
+def test_a_source_of_unknown_size_is_not_small() -> None:
+    """Catches a database's rows, of which no file tells the size, left to one process."""
+    known, unknown = (SimpleNamespace(chunk=SimpleNamespace(stamps=stamps)) for stamps in (((9, 1),), ((9, 1), ())))
+    assert _are_small([known])
+    assert not _are_small([known, unknown])
 
 
 CLUSTER = """

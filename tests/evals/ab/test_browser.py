@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from tests.browser import chromium
 from tests.evals.ab.ab_site import Site
 from tests.evals.ab.studies import KIND, PLAIN, SYSTEMS, WORDS, make_study
 from tests.evals.ab.wiretap import Wiretap
@@ -22,29 +21,10 @@ from whet.evals.ab.votes import Log, read
 ITEMS = 6
 
 
-def _missing() -> str | None:
-    if shutil.which("chromium") is None:
-        return "chromium is not installed: apt install chromium"
-    try:
-        import playwright.sync_api  # noqa: F401
-    except ImportError:
-        return "playwright is not installed: pip install playwright"
-    return None
-
-
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    if reason := _missing():
-        if os.environ.get("WHET_CI") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    from playwright.sync_api import sync_playwright
-
-    options = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=options)
+    with chromium() as found:
         yield found
-        found.close()
 
 
 class Person:

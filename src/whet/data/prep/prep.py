@@ -46,6 +46,8 @@ Progress = Callable[[str, int, int], None]
 """Called with a step's name, the parts that are done, and all of its parts."""
 Witness = Callable[[str], AbstractContextManager[list[Version]]]
 """Called with a digest of all that goes into a version, when one is to be made; it is put into the list once it is."""
+SMALL = 1 << 20
+"""Bytes of sources that are through sooner than other processes have started."""
 
 
 def prep(
@@ -103,6 +105,8 @@ class _Preparation:
         return version
 
     def make(self, tasks: Sequence[chunks.Task]) -> Version:
+        if isinstance(self.engine, Local) and _are_small(tasks):
+            self.engine = Local(1)
         made = self.each("read", chunks.make, tasks)
         self.check_bad_rows(made)
         self.count_reading(tasks, made)
@@ -303,6 +307,12 @@ class _Preparation:
             }
             write.write_manifest(manifest, folder)
         return version
+
+
+def _are_small(tasks: Sequence[chunks.Task]) -> bool:
+    """Not where a source is no file, and so of unknown size."""
+    stamps = [stamp for task in tasks for stamp in task.chunk.stamps]
+    return all(stamps) and sum(stamp[0] for stamp in stamps) < SMALL
 
 
 def _labels(keys: NDArray[Any], held: Flags) -> NDArray[np.int64]:

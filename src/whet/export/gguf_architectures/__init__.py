@@ -12,7 +12,7 @@ from whet.errors import WhetError
 from whet.export.gguf_architectures.base import Architecture, SourceTensor
 from whet.export.gguf_architectures.config import ModelConfig, architecture_name, read_config
 from whet.export.gguf_architectures.gemma2 import Gemma2
-from whet.export.gguf_architectures.gemma3 import Gemma3
+from whet.export.gguf_architectures.gemma3 import Gemma3, Gemma3WithImages
 from whet.export.gguf_architectures.llama import Llama
 from whet.export.gguf_architectures.mistral import Mistral
 from whet.export.gguf_architectures.phi3 import Phi3
@@ -30,6 +30,7 @@ ARCHITECTURES: dict[str, type[Architecture]] = {
     "Gemma2ForCausalLM": Gemma2,
     "Gemma3ForCausalLM": Gemma3,
     "Phi3ForCausalLM": Phi3,
+    "Gemma3ForConditionalGeneration": Gemma3WithImages,
 }
 
 

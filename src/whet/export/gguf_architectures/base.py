@@ -69,7 +69,8 @@ class Architecture:
     computes. partial_rope: it rotates a part of each head where told to. activations: config values that name the one
     it computes. norms, projections: names in a layer, checkpoint -> GGUF. pairs: q and k are rotated in pairs, not
     halves. norm_offset: what the family adds to a norm's weight at run time. slides: its graph has sliding windows.
-    wide_heads: heads times their size may differ from the width.
+    wide_heads: heads times their size may differ from the width. text: where the weights of the text model lie in
+    transformers. left_out: where those of parts lie that the file does not hold.
     """
 
     gguf_name: ClassVar[str]
@@ -83,6 +84,8 @@ class Architecture:
     norm_offset: ClassVar[float] = 0.0
     slides: ClassVar[bool] = False
     wide_heads: ClassVar[bool] = True
+    text: ClassVar[str] = "model."
+    left_out: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: ModelConfig):
         self.config = config
@@ -115,6 +118,11 @@ class Architecture:
             )
         return notes
 
+    @property
+    def embedding(self) -> str:
+        """The checkpoint's name of the token embedding."""
+        return f"{self.text}embed_tokens.weight"
+
     def add_metadata(self, writer: GGUFWriter) -> None:
         """Write the keys under the architecture's name."""
         config = self.config
@@ -137,10 +145,10 @@ class Architecture:
     def expected_tensors(self) -> list[SourceTensor]:
         """Every tensor the checkpoint must have, in GGUF's usual order."""
         config = self.config
-        tensors = [SourceTensor("model.embed_tokens.weight", "token_embd.weight", (config.vocab, config.hidden))]
+        tensors = [SourceTensor(self.embedding, "token_embd.weight", (config.vocab, config.hidden))]
         for layer in range(config.layers):
             tensors += self._layer_tensors(layer)
-        tensors.append(self._norm("model.norm", "output_norm", config.hidden))
+        tensors.append(self._norm(f"{self.text}norm", "output_norm", config.hidden))
         if not config.tied:
             tensors.append(SourceTensor("lm_head.weight", "output.weight", (config.vocab, config.hidden)))
         return tensors
@@ -189,7 +197,7 @@ class Architecture:
     # The tensors of a layer
 
     def _layer_tensors(self, layer: int) -> list[SourceTensor]:
-        at, to = f"model.layers.{layer}.", f"blk.{layer}."
+        at, to = f"{self.text}layers.{layer}.", f"blk.{layer}."
         shapes, biases = self.projection_shapes(), self.biases()
         tensors = [
             self._norm(at + name, to + gguf, self.config.head_dim if name in HEAD_NORMS else self.config.hidden)

@@ -1,4 +1,6 @@
-"""What `config.json` says, as transformers reads it: defaults of the model's class filled in, older fields renamed."""
+"""What `config.json` says of the text model, as transformers reads it: defaults of the model's class filled in, older
+fields renamed.
+"""
 
 from __future__ import annotations
 
@@ -75,8 +77,8 @@ def _raw(path: Path) -> dict[str, Any]:
         config = AutoConfig.from_pretrained(path.parent, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers' validators raise of every kind
         raise WhetError(f"transformers refuses the config: {error}", where=str(path), fix="save it again") from error
-    raw: dict[str, Any] = config.to_dict()
-    return raw
+    raw: dict[str, Any] = config.get_text_config().to_dict()
+    return raw | {"architectures": config.architectures}
 
 
 def _config(raw: dict[str, Any], where: str) -> ModelConfig:

@@ -1,9 +1,12 @@
 """Gemma 3, text: Gemma 2's norms, q and k normed, five layers of six with a sliding window and a rope of their own.
 
-Scores are not capped. That the sliding layers' rope is not stretched is built into llama.cpp.
+Scores are not capped. That the sliding layers' rope is not stretched is built into llama.cpp. Models that also read
+images have the same text model, which is what the file holds.
 """
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 from gguf import GGUFWriter
 
@@ -37,3 +40,14 @@ class Gemma3(Gemma):
         writer.add_rope_freq_base_swa(self.local_rope.base)
         if cap := self.config.raw["final_logit_softcapping"]:
             writer.add_final_logit_softcapping(cap)
+
+
+class Gemma3WithImages(Gemma3):
+    """Gemma 3 of 4B, 12B and 27B as published: a text model, and a vision tower before it, which is left out."""
+
+    text: ClassVar[str] = "model.language_model."
+    left_out: ClassVar[tuple[str, ...]] = ("model.vision_tower.", "model.multi_modal_projector.")
+
+    @property
+    def notes(self) -> list[str]:
+        return [*super().notes, "the vision tower is left out: the file holds the text model, which reads no images"]

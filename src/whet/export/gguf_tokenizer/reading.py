@@ -51,7 +51,8 @@ def read_tokenizer(model_dir: Path, embedding_rows: int) -> GGUFTokenizer:
     larger than the embedding, or llama.cpp has no equal of the tokenizer.
     """
     model_dir = Path(model_dir)
-    tokenizer, where, notes = load_tokenizer(model_dir), str(model_dir / _FILES[0]), []  # type: ignore[var-annotated]
+    tokenizer, where = load_tokenizer(model_dir), str(model_dir / _FILES[0])
+    notes: list[str] = []
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     _check_model(spec["model"], where)
     tokens, types = _vocabulary(spec, embedding_rows, where)

@@ -119,7 +119,7 @@ class MergedFolder:
         """The model and what transformers says of its weights. It computes in what the reference computes in, so that
         only the weights' rounding differs; of compressed-tensors it sees the dequantized ones."""
         plain = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             self.path,
             dtype=self.reference.model.dtype,
             device_map={"": self._device()},
@@ -128,6 +128,7 @@ class MergedFolder:
             output_loading_info=True,
             **(plain if self.format in compressed.FORMATS else {}),
         )
+        model, found = loaded
         return model, {kind: names for kind, names in found.items() if kind.endswith("keys")}
 
     def _device(self) -> str | int:

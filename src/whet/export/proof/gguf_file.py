@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ class GGUFFile:
 
     def static_checks(self) -> list[Check]:
         """File, types, metadata, sizes, tokenizer, tensors: all that can be told without running it."""
-        file = self._file_check()
+        file = whole_check(self.path, lambda: self._reader)
         if not file.passed:
             return [file]
         return [
@@ -99,7 +99,7 @@ class GGUFFile:
 
     def _weight(self, source: str) -> Tensor:
         """A tensor decoded by the gguf package, which is not what encoded it; rows in transformers' order."""
-        tensor = self._sources["model.embed_tokens.weight" if source not in self._sources else source]
+        tensor = self._sources[source if source in self._sources else self._architecture.embedding]
         written = self._written[tensor.name]
         x = dequantize(written.data, written.tensor_type).reshape(tensor.shape)
         order = tensor.convert(np.arange(len(x), dtype=np.float32)) - np.float32(tensor.offset)
@@ -122,8 +122,8 @@ class GGUFFile:
     @cached_property
     def _sources(self) -> dict[str, SourceTensor]:
         """The tensors that the file should hold, by their names in the folder it was made from."""
-        with Checkpoint(self.made_from) as checkpoint:
-            return {tensor.source: tensor for tensor in checked_tensors(self._architecture, checkpoint)}
+        tensors = checked_tensors(self._architecture, Checkpoint(self.made_from))
+        return {tensor.source: tensor for tensor in tensors}
 
     @property
     def _head(self) -> str:
@@ -138,19 +138,6 @@ class GGUFFile:
         return None if field is None else field.contents()
 
     # ---------------------------------------------------------------- checks
-
-    def _file_check(self) -> Check:
-        """The file parses and ends where its last tensor does."""
-        try:
-            tensors = self._reader.tensors
-            ends = max(int(tensor.data_offset) + int(tensor.n_bytes) for tensor in tensors)
-        except (OSError, ValueError, KeyError, IndexError) as error:
-            return Check("file", False, f"it is damaged or cut short: {error}")
-        size = self.path.stat().st_size
-        padded = -(-ends // gguf.GGUF_DEFAULT_ALIGNMENT) * gguf.GGUF_DEFAULT_ALIGNMENT
-        passed = ends <= size <= padded
-        told = f"{len(tensors)} tensors in {size:,} bytes"
-        return Check("file", passed, told if passed else f"{told}, and they end at byte {ends:,}")
 
     def _types_check(self) -> Check:
         """The file's type, and each tensor's, are those that the quantization asks for."""
@@ -227,7 +214,7 @@ class GGUFFile:
     def _template(self) -> str | dict[str, str] | None:
         """The chat template, or the named ones with the default among them."""
         names = self._value("tokenizer.chat_templates") or []
-        default = self._value(TEMPLATE)
+        default: str | None = self._value(TEMPLATE)
         if not names:
             return default
         named = {name: self._value(f"{TEMPLATE}.{name}") for name in names}
@@ -242,11 +229,25 @@ class GGUFFile:
         return Check("tensors", True, f"{len(self._written)} tensors decode to what they were made from")
 
 
+def whole_check(path: Path, read: Callable[[], Any]) -> Check:
+    """The file parses, by `read`, and ends where its last tensor does."""
+    try:
+        tensors = read().tensors
+        ends = max(int(tensor.data_offset) + int(tensor.n_bytes) for tensor in tensors)
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        return Check("file", False, f"it is damaged or cut short: {error}")
+    size = path.stat().st_size
+    padded = -(-ends // gguf.GGUF_DEFAULT_ALIGNMENT) * gguf.GGUF_DEFAULT_ALIGNMENT
+    passed = ends <= size <= padded
+    told = f"{len(tensors)} tensors in {size:,} bytes"
+    return Check("file", passed, told if passed else f"{told}, and they end at byte {ends:,}")
+
+
 def _same(found: Any, expected: Any) -> bool:
     """Whether a value of the file is the expected one; floats as fp32 holds them."""
     if isinstance(expected, float):
-        return isinstance(found, float) and np.float32(found) == np.float32(expected)
-    return found == (list(expected) if isinstance(expected, tuple) else expected)
+        return isinstance(found, float) and bool(np.float32(found) == np.float32(expected))
+    return bool(found == (list(expected) if isinstance(expected, tuple) else expected))
 
 
 def _same_token(found: str, expected: str) -> bool:

@@ -5,19 +5,22 @@ An artifact whose files are at fault is not run: what it would answer proves not
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from whet.errors import WhetError
+from whet.export.proof.adapter_file import AdapterFile
 from whet.export.proof.behaviour import Engine, compare
 from whet.export.proof.checks import Check, Proof
 from whet.export.proof.folder import MergedFolder
 from whet.export.proof.gguf_file import GGUFFile
 from whet.export.proof.limits import Limits, limits_of
 from whet.export.proof.reference import Reference
-from whet.export.proof.share import Layer, share_checks
+from whet.export.proof.share import share_checks
 
 
 class Artifact(Engine, Protocol):
@@ -26,11 +29,14 @@ class Artifact(Engine, Protocol):
     path: Path
     format: str
     engine: str
-    layer: Layer
 
     def static_checks(self) -> list[Check]: ...
 
     def engine_checks(self) -> list[Check]: ...
+
+    def layer(self, name: str, x: Tensor, /) -> Tensor:
+        """A `share.Layer`."""
+        ...
 
 
 def prove_folder(reference: Reference, folder: Path, format: str) -> Proof:
@@ -58,10 +64,30 @@ def prove_gguf(
     )
 
 
+def prove_adapter(
+    reference: Reference,
+    path: Path,
+    base: Path,
+    base_folder: Path,
+    *,
+    computed: str = "f32",
+    threads: int | None = None,
+) -> Proof:
+    """Compare a GGUF adapter on its base with the adapter and base that it was made from.
+
+    base: a GGUF file of the base, written from base_folder in `computed`: the GGUF type of what the model computes in,
+    by whose limits answers go. The adapter itself is not rounded.
+    """
+    limits = replace(limits_of(computed), share=limits_of("f32").share)
+    file = AdapterFile(path, reference, base, base_folder, threads=threads or torch.get_num_threads())
+    return prove(reference, file, limits)
+
+
 def prove(reference: Reference, artifact: Artifact, limits: Limits | None = None) -> Proof:
     """Every check. limits: in place of the format's own."""
     limits = limits or limits_of(artifact.format)
-    checks, measures = artifact.static_checks(), {}
+    checks = artifact.static_checks()
+    measures: dict[str, float | int] = {}
     if all(check.passed for check in checks):
         checks += artifact.engine_checks()
     if all(check.passed for check in checks):

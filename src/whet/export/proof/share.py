@@ -18,6 +18,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -28,6 +29,8 @@ from whet.export.merge import dequantize
 from whet.export.proof.checks import Check
 from whet.export.proof.limits import Limits
 from whet.export.proof.reference import Reference, evaluating
+
+Plain: TypeAlias = nn.Linear | nn.Embedding
 
 PROBES = 64
 LOST = 0.15
@@ -64,7 +67,8 @@ def shares(reference: Reference, layer: Layer, rounded: torch.dtype) -> Iterator
     plain = reference.model.get_base_model() if hasattr(reference.model, "get_base_model") else reference.model
     generator = torch.Generator().manual_seed(0)
     with evaluating(reference.model):
-        for name, module in plain.named_modules():
+        modules: Iterator[tuple[str, nn.Module]] = plain.named_modules()
+        for name, module in modules:
             if isinstance(module, LoraLayer | ModulesToSaveWrapper):
                 yield _share(name, module, layer, rounded, generator)
 
@@ -114,7 +118,7 @@ def _lost(weight: Tensor, size: float, rounded: torch.dtype, generator: torch.Ge
     return max(0.0, 1 - float((kept * change).sum() / change.square().sum()))
 
 
-def _in_fp32(module: nn.Module) -> tuple[nn.Module, nn.Module]:
+def _in_fp32(module: nn.Module) -> tuple[Plain, nn.Module]:
     """The layer's base, and the layer with its adapter, both computing in fp32.
 
     In 16 bits the difference of the two outputs would be rounding for the most part, where an adapter changes little.
@@ -128,10 +132,11 @@ def _in_fp32(module: nn.Module) -> tuple[nn.Module, nn.Module]:
     return base, tuned
 
 
-def wide(module: nn.Module) -> nn.Module:
+def wide(module: Any) -> Plain:
     """A copy of a linear layer or an embedding in fp32; a quantized one as its forward pass sees it."""
     if module.weight.is_floating_point():
-        return copy.deepcopy(module).float()
+        copied: Plain = copy.deepcopy(module).float()
+        return copied
     weight = dequantize(module, "weight", module.weight).detach().float()
     made = nn.Linear(weight.shape[1], weight.shape[0], bias=module.bias is not None, device="meta")
     made.weight = nn.Parameter(weight, requires_grad=False)
@@ -140,7 +145,7 @@ def wide(module: nn.Module) -> nn.Module:
     return made
 
 
-def _probes(base: nn.Module, generator: torch.Generator) -> Tensor:
+def _probes(base: Plain, generator: torch.Generator) -> Tensor:
     """Normal inputs for a linear layer, token ids for an embedding."""
     if isinstance(base, nn.Embedding):
         return torch.randint(base.num_embeddings, (PROBES,), generator=generator)

@@ -1,4 +1,6 @@
-"""Chat messages as templates expect them: content as one text, the arguments of tool calls as objects."""
+"""What a request brings, checked and made plain: chat messages as templates expect them (content as one text, the
+arguments of tool calls as objects), and token ids.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +18,14 @@ def plain(message: Mapping[str, Any]) -> dict[str, Any]:
     if calls := message.get("tool_calls"):
         plain["tool_calls"] = [_with_arguments(call) for call in calls]
     return plain
+
+
+def check_ids(ids: Any, size: int, param: str) -> list[int]:
+    """Token ids of a vocabulary of `size`. Raises Refused for what is none. param: the field that they came in."""
+    tokens = list(ids)
+    if any(isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < size for token in tokens):
+        raise Refused(f"token ids are whole numbers from 0 to {size - 1}", param)
+    return tokens
 
 
 def _text(content: Any) -> str:

@@ -12,8 +12,6 @@ Shapes: x [N, in], A [r, in], B [out, r], m [out].
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from whet.errors import WhetError
+from whet.export.json_files import read_json
+from whet.export.lora_scale import lora_scale
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?")
@@ -124,7 +124,8 @@ def load_adapter(model: nn.Module, name: str, folder: Path) -> Adapter:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    config = _config(check_name(name), folder)
+    check_name(name)
+    config = _config(folder)
     weights_file = folder / "adapter_model.safetensors"
     try:
         weights = load_file(weights_file)
@@ -152,13 +153,10 @@ def _is_base_s_own(model: nn.Module, key: str, weight: Tensor) -> bool:
     return own is not None and own.shape == weight.shape and torch.equal(own.detach().cpu(), weight.to(own.dtype))
 
 
-def _config(name: str, folder: Path) -> dict[str, Any]:
+def _config(folder: Path) -> dict[str, Any]:
     path = folder / "adapter_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WhetError(f"the adapter {name} can't be read: {error}", where=str(path)) from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+    config = read_json(path)
+    if config.get("peft_type") != "LORA":
         raise WhetError("this is no LoRA adapter", where=str(path), fix="give the folder of a LoRA adapter")
     for field in ("modules_to_save", "trainable_token_indices", "fan_in_fan_out", "lora_bias", "target_parameters"):
         if config.get(field):
@@ -187,19 +185,11 @@ def _change(model: nn.Module, layer: str, parts: dict[str, Tensor], config: dict
             where=str(where),
             fix="serve the base that it was trained on",
         )
-    scaled = B.float() * scale_of(config, layer, rank)
+    scaled = B.float() * lora_scale(config, layer, rank)
     magnitudes = parts.get("lora_magnitude_vector")
     rescale = None if magnitudes is None else _rescale(module, A, scaled, magnitudes, where)
     dtype, device = _compute_dtype(module), module.weight.device
     return Change(A.to(device, dtype), scaled.to(device, dtype), None if rescale is None else rescale.to(device, dtype))
-
-
-def scale_of(config: dict[str, Any], layer: str, rank: int) -> float:
-    """What B A is multiplied by: alpha / r, or alpha / sqrt(r) for rsLoRA. alpha_pattern's first match goes first."""
-    patterns = config.get("alpha_pattern") or {}
-    matched = (alpha for pattern, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", layer))
-    alpha = float(next(matched, config.get("lora_alpha", rank)))
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _rescale(module: nn.Linear, A: Tensor, scaled: Tensor, magnitudes: Tensor, where: Path) -> Tensor:

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from whet.errors import WhetError
 from whet.models.load import load
-from whet.serve.engines.in_process.prompts import check_ids
 from whet.serve.engines.in_process.settings import Settings
+from whet.serve.engines.messages import check_ids
 from whet.serve.interface import Busy, Embedded, EngineDown, Piece, Refused, Request, ServedModel, UnknownModel
 
 BATCH = 32  # texts at once

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 from collections.abc import AsyncIterator, Mapping
 from collections.abc import Sequence as Many
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,10 @@ from whet.serve.engines.in_process.settings import Settings
 from whet.serve.engines.in_process.structured import Grammars
 from whet.serve.engines.in_process.worker import Delivery, Worker
 from whet.serve.engines.mailbox import Mailbox
+from whet.serve.engines.messages import check_ids
 from whet.serve.interface import Busy, Embedded, EngineDown, Piece, Refused, Request, ServedModel, UnknownModel
+
+log = logging.getLogger("whet")
 
 
 class InProcessEngine:
@@ -135,8 +139,7 @@ class InProcessEngine:
             context = self._runner.size.context
             what = f"the prompt has {len(tokens)} tokens, and the model reads {context} with its answer"
             raise Refused(what, param_of(request))
-        if any(not 0 <= token < self._runner.vocabulary.size for token in sampling.logit_bias):
-            raise Refused(f"token ids go from 0 to {self._runner.vocabulary.size - 1}", "logit_bias")
+        check_ids(sampling.logit_bias, self._runner.vocabulary.size, "logit_bias")
         matcher = None
         if sampling.schema is not None:
             matcher = await loop.run_in_executor(self._prompts, self._grammars.matcher, sampling.schema)
@@ -156,15 +159,21 @@ class InProcessEngine:
             return None
         if model not in self._adapters and self._adapters_folder is not None:
             async with self._loading:
-                folder = adapter_folder(self._adapters_folder, model)
-                if model not in self._adapters and folder is not None:
-                    try:
-                        await self.load_adapter(model, folder)
-                    except WhetError as error:
-                        raise Refused(f"the adapter {model} can't be served: {error.what}", "model") from error
+                await self._load_from(self._adapters_folder, model)
         if model not in self._adapters:
             raise UnknownModel(f"no model {model!r} is served here", "model")
         return self._adapters[model]
+
+    async def _load_from(self, root: Path, model: str) -> None:
+        """Load the adapter if `root` has it. Why one can't be served is for the log: it may name files."""
+        folder = adapter_folder(root, model)
+        if model in self._adapters or folder is None:
+            return
+        try:
+            await self.load_adapter(model, folder)
+        except WhetError as error:
+            log.warning("the adapter %s can't be served: %s", model, error)
+            raise Refused(f"the adapter {model} can't be served; the server's log says why", "model") from error
 
     def _names_in_folder(self) -> list[str]:
         if self._adapters_folder is None or not self._adapters_folder.is_dir():

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from whet.data.template import render
 from whet.errors import WhetError
 from whet.serve.engines.in_process.vocabulary import Vocabulary
-from whet.serve.engines.messages import plain
+from whet.serve.engines.messages import check_ids, plain
 from whet.serve.interface import Refused, Request
 
 
@@ -21,13 +19,6 @@ def prompt_tokens(request: Request, vocabulary: Vocabulary) -> list[int]:
         tokens = check_ids(request.prompt or (), vocabulary.size, "prompt")
     if not tokens:
         raise Refused("the prompt is empty", "prompt")
-    return tokens
-
-
-def check_ids(ids: Any, size: int, param: str) -> list[int]:
-    tokens = list(ids)
-    if any(isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < size for token in tokens):
-        raise Refused(f"token ids are whole numbers from 0 to {size - 1}", param)
     return tokens
 
 

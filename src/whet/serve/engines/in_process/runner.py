@@ -100,6 +100,7 @@ def _loaded(folder: str, settings: Settings) -> tuple[PreTrainedModel, PreTraine
         device_map=settings.device_map,
     )
     model.train(False)
+    tokenizer.name_or_path = ""  # a path on this machine, which a refusal of the template would tell to the client
     if not getattr(model, "_supports_attention_backend", False):
         raise WhetError("this architecture brings its own attention", where=folder, fix=OTHER_ATTENTION)
     if "dynamic" in _rope_types(model):

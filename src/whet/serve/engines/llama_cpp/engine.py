@@ -12,12 +12,13 @@ from typing import Any
 from whet.errors import WhetError
 from whet.serve.engines.llama_cpp.process import Message, NodeProcess
 from whet.serve.engines.llama_cpp.schema import ANY_OBJECT, translated
-from whet.serve.engines.messages import plain
+from whet.serve.engines.messages import check_ids, plain
 from whet.serve.engines.text import Outgoing
 from whet.serve.interface import (
     Busy,
     Embedded,
     EngineDown,
+    Finish,
     Piece,
     Refused,
     Request,
@@ -131,9 +132,7 @@ class LlamaCppEngine:
         }
 
     def _sampling(self, sampling: Sampling) -> Message:
-        size = self._model["vocabulary"]
-        if any(not 0 <= token < size for token in sampling.logit_bias):
-            raise Refused(f"token ids go from 0 to {size - 1}", "logit_bias")
+        check_ids(sampling.logit_bias, self._model["vocabulary"], "logit_bias")
         return {
             "temperature": sampling.temperature,
             "topP": sampling.top_p,
@@ -149,10 +148,7 @@ class LlamaCppEngine:
             return self._rendered(request)
         if isinstance(request.prompt, str):
             return request.prompt
-        ids, size = list(request.prompt or ()), self._model["vocabulary"]
-        if any(isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < size for token in ids):
-            raise Refused(f"token ids are whole numbers from 0 to {size - 1}", "prompt")
-        return ids
+        return check_ids(request.prompt or (), self._model["vocabulary"], "prompt")
 
     def _rendered(self, request: Request) -> str:
         """Through the file's own template, in transformers' sandbox."""
@@ -164,11 +160,15 @@ class LlamaCppEngine:
         if not request.messages:
             raise Refused("there are no messages", "messages")
         messages = [plain(message) for message in request.messages]
-        tools = [dict(tool) for tool in request.tools] if request.tools else None
-        tokens = {"bos_token": self._model["bos"] or "", "eos_token": self._model["eos"] or ""}
+        tools: list[Any] | None = [dict(tool) for tool in request.tools] if request.tools else None
         try:
             rendered: Any = render_jinja_template(
-                [messages], tools=tools, chat_template=self._model["template"], add_generation_prompt=True, **tokens
+                [messages],
+                tools=tools,
+                chat_template=self._model["template"],
+                add_generation_prompt=True,
+                bos_token=self._model["bos"] or "",
+                eos_token=self._model["eos"] or "",
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise Refused(f"the chat template refuses the messages: {error}", "messages") from None
@@ -190,7 +190,7 @@ async def _pieces(messages: asyncio.Queue[Message | EngineDown], request: Reques
             raise EngineDown(f"llama.cpp failed: {message['failed']}")
         if "end" in message:
             text, logprobs = outgoing.finish(message["text"])
-            finish = "stop" if outgoing.stopped else message["end"]
+            finish: Finish = "stop" if outgoing.stopped else message["end"]
             yield Piece(text, logprobs, (), finish, message["prompt"], message["drawn"])
             return
         drawn += 1

@@ -8,28 +8,18 @@
 // Text is whole characters. Sequences that have a token to draw are decoded in one batch.
 
 import {createInterface} from "node:readline";
-import {pathToFileURL} from "node:url";
+import {startLlama} from "../../../export/node_llama_cpp.mjs";
 
 const REPLACED = "\ufffd"; // what an unfinished character is told as
 const KEPT = 8; // tokens before the new ones, by which llama.cpp knows whether a space comes first
 const settings = JSON.parse(process.argv[2]);
-const {getLlama, LlamaLogLevel, TokenBias, LlamaGrammarEvaluationState} =
-    await import(pathToFileURL(settings.packages + "/node-llama-cpp/dist/index.js"));
-
-const llama = await getLlama({
-    build: "never", // a binary that is not there is an error, never a download
-    skipDownload: true,
-    gpu: false,
-    progressLogs: false,
-    logLevel: LlamaLogLevel.warn,
-    logger: (level, message) => process.stderr.write(`${level}: ${message}\n`),
-    ...(settings.threads ? {maxThreads: settings.threads} : {})
-});
+const {library, llama, contextOptions} = await startLlama(settings);
+const {TokenBias, LlamaGrammarEvaluationState} = library;
 const model = await llama.loadModel({modelPath: settings.gguf, gpuLayers: 0});
 const context = await model.createContext({
     contextSize: Math.min(settings.context, model.trainContextSize),
     sequences: settings.sequences,
-    ...(settings.threads ? {threads: settings.threads} : {})
+    ...contextOptions
 });
 const free = Array.from({length: settings.sequences}, () => context.getSequence());
 const longest = free[0].contextSize;

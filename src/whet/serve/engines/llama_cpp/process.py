@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import os
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -37,17 +36,13 @@ class NodeProcess:
     @classmethod
     async def start(cls, settings: Message) -> NodeProcess:
         """Load the model that `settings` name. Raises WhetError where it can't be, with llama.cpp's own words."""
-        folder = llama_cpp.find()
-        if folder is None:
-            fix = "run whet.export.llama_cpp.install(), or set WHET_NODE to the folder it is in"
-            raise WhetError("llama.cpp is not installed", where=str(llama_cpp.default_folder()), fix=fix)
-        settings = {**settings, "packages": str(folder / "node_modules")}
+        settings = {**settings, "packages": str(llama_cpp.packages())}
         pipe = asyncio.subprocess.PIPE
         self = cls(
             await asyncio.create_subprocess_exec(
                 "node", str(SCRIPT), json.dumps(settings),
                 stdin=pipe, stdout=pipe, stderr=pipe, limit=LINE,
-                env={**os.environ, "NODE_LLAMA_CPP_SKIP_DOWNLOAD": "true"},
+                env=llama_cpp.environment(),
             )
         )  # fmt: skip
         assert self._process.stdout is not None
