@@ -33,7 +33,7 @@ from whet.export.proof.folder import MergedFolder
 from whet.export.proof.gguf_file import GGUFFile
 from whet.export.proof.limits import limits_of
 from whet.export.proof.prompts import general_prompts
-from whet.export.proof.share import Layer, share_checks
+from whet.export.proof.share import Layers, share_checks
 from whet.quant.gguf_mixes import MIXES
 
 FOLDERS = (*FLOATS, *METHODS)
@@ -112,19 +112,19 @@ def share_at_half(reference: Reference, format: str, scratch: Path) -> float | N
     is no merge."""
     if format == ADAPTER:
         return None
-    (check,) = share_checks(reference, halved(reference, format, scratch), format, limits_of(format))
+    (check,) = share_checks(reference, halved(reference, format, scratch), limits_of(format))
     return None if check.passed else check.value
 
 
-def halved(reference: Reference, format: str, scratch: Path) -> Layer:
-    """The layers of an artifact in which the adapter is at half its scale."""
+def halved(reference: Reference, format: str, scratch: Path) -> Layers:
+    """An artifact in which the adapter is at half its scale."""
     with scaled(reference.model, lambda scale: scale / 2):
         source = merged(reference, format if format in FOLDERS else "bf16", scratch, "half-")
     if format in FOLDERS:
-        return MergedFolder(source, format, reference).layer
+        return MergedFolder(source, format, reference)
     path = scratch / f"half-{format}.gguf"
     write_gguf(source, path, format, check=False)
-    return GGUFFile(path, format, reference, source).layer
+    return GGUFFile(path, format, reference, source)
 
 
 def merged(reference: Reference, format: str, scratch: Path, prefix: str = "") -> Path:

@@ -18,6 +18,7 @@ from tests.export.planted import Tuned, change_json, change_tokenizer, change_we
 from tests.llama_cpp import llama_cpp  # noqa: F401 - a fixture
 from whet import FastLanguageModel
 from whet.errors import WhetError
+from whet.export.gguf import write_gguf
 from whet.export.llama_cpp import Reading, read_logits
 from whet.export.merge import save_merged
 from whet.export.proof import Proof, Reference, prove_folder, prove_gguf
@@ -26,7 +27,7 @@ from whet.export.proof.folder import MergedFolder
 from whet.export.proof.gguf_file import GGUFFile
 from whet.export.proof.limits import FORMATS, limits_of
 from whet.export.proof.reference import Asked, choose, divergence
-from whet.export.proof.share import share_checks
+from whet.export.proof.share import share_checks, shares
 from whet.quant.gguf_mixes import MIXES
 
 # A block of the k-quants wide; weights so small that rounding does to two layers what it does to a real model.
@@ -282,8 +283,25 @@ def test_a_wrong_merge_is_caught(tuned: Tuned, tmp_path: Path, fault: str) -> No
     assert "adapter's share" in failed(prove_folder(tuned.reference, folder, "fp32"))
     file = GGUFFile(tuned.gguf("q4_k_m", folder), "q4_k_m", tuned.reference, folder)
     assert all(check.passed for check in file.static_checks())
-    (share,) = share_checks(tuned.reference, file.layer, "q4_k_m", limits_of("q4_k_m"))
+    (share,) = share_checks(tuned.reference, file, limits_of("q4_k_m"))
     assert not share.passed, share
+
+
+def test_a_small_change_that_a_format_keeps_in_part_is_no_fault(tuned: Tuned, tmp_path: Path) -> None:
+    """Catches a proof that stops the export of a short training on an NF4 base, and one that lets any share pass."""
+    model, tokenizer = FastLanguageModel.from_pretrained(str(tuned.folder / "base"), load_in_4bit=True)
+    model = FastLanguageModel.get_peft_model(model, r=4)
+    planted.train_like(model)
+    reference = Reference.of(model, tokenizer, tuned.reference.texts)
+    with planted.other_scales(model, lambda name, scale: scale / 4):
+        save_merged(model, tmp_path / "merged", tokenizer)
+        write_gguf(tmp_path / "merged", tmp_path / "small.gguf", "q4_k_m")
+        file = GGUFFile(tmp_path / "small.gguf", "q4_k_m", reference, tmp_path / "merged")
+        (share,) = share_checks(reference, file, limits_of("q4_k_m"))
+        assert min(one.kept for one in shares(reference, file)) < 0.9, "this is no case of it"
+    assert share.passed, share
+    (share,) = share_checks(reference, file, limits_of("q4_k_m"))
+    assert not share.passed, "the adapter is four times what was merged"
 
 
 @pytest.mark.usefixtures("llama_cpp")
@@ -390,7 +408,7 @@ def test_an_adapter_that_changes_nothing_is_not_held_to_a_share(tuned: Tuned) ->
     """Catches a division by zero, and a check that reads rounding noise as a missing adapter."""
     with planted.other_scales(tuned.model, lambda name, scale: 0.0):
         folder = MergedFolder(tuned.merged(), "fp32", tuned.reference)
-        (check,) = share_checks(tuned.reference, folder.layer, "fp32", limits_of("fp32"))
+        (check,) = share_checks(tuned.reference, folder, limits_of("fp32"))
     assert check.passed
     assert "smaller than the rounding in all" in check.what
 

@@ -118,6 +118,17 @@ class Compressed:
         held: dict[str, Tensor] = compressor.compress({"weight": rows, "weight_scale": scale}, self.scheme)
         return held
 
+    def decoded(self, name: str, rows: Tensor) -> Tensor:
+        """Rows [n, in] of the layer `name` as they come back from their codes, fp32."""
+        from compressed_tensors.compressors import BaseCompressor
+
+        if name not in self.linear:
+            return rows.to(self.dtype).float()
+        held = self.compress(rows.to(self.dtype).float(), self.importance.get(name))
+        compressor = BaseCompressor.get_value_from_registry(self.scheme.format)
+        weight: Tensor = compressor.decompress(held, self.scheme)["weight"]
+        return weight.float()
+
     def _scale(self, rows: Tensor, importance: Tensor | None) -> Tensor:
         from compressed_tensors.quantization.utils import calculate_qparams  # type: ignore[import-untyped]
 

@@ -6,6 +6,7 @@ import json
 import random
 import re
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,9 @@ SIGNATURES = (
 )
 
 
+NEW_YEAR = date(2026, 1, 1)  # Faker's dates end today otherwise, and the texts would be others every day
+
+
 def tickets(count: int, seed: int) -> list[list[str]]:
     """Conversations as their messages, made of shared parts, with a free sentence or two in some."""
     fake = Faker("en_US")
@@ -60,8 +64,9 @@ def tickets(count: int, seed: int) -> list[list[str]]:
     def ticket() -> list[str]:
         slots = {
             "name": draw.choice(names), "city": draw.choice(cities), "agent": draw.choice(agents),
-            "product": draw.choice(products), "order": draw.randrange(10**5, 10**6), "date": fake.date(),
-            "amount": f"{draw.uniform(5, 500):.2f}", "street": fake.street_address(),
+            "product": draw.choice(products), "order": draw.randrange(10**5, 10**6),
+            "date": fake.date(end_datetime=NEW_YEAR), "amount": f"{draw.uniform(5, 500):.2f}",
+            "street": fake.street_address(),
         }  # fmt: skip
         own = fake.sentence(12) if draw.random() < 0.6 else ""
         question = f"{draw.choice(REQUESTS)} {own}".format(**slots)
@@ -139,7 +144,7 @@ def test_leaks_planted_at_fifty_places_are_all_found_and_nothing_else(clean_set)
         training[place] = [f"{training[place][0]} {disguised(texts[victim], draw)} {training[place][1]}", "Noted."]
         planted[place] = ("inside a longer row", victim)
     for place, victim in zip(places[25:35], victims[25:], strict=True):
-        training[place] = [held_out[victim][1], held_out[victim][2].replace("Acme Logistics", "Acme", 1)]
+        training[place] = [held_out[victim][1], held_out[victim][2].rsplit(" ", 1)[0] + " again"]
         planted[place] = ("near", victim)
     for i, place in enumerate(places[35:]):
         training[place] = [f"Please help. {disguised(TASKS[i % 3], draw)} Be brief.", training[place][1]]

@@ -87,6 +87,10 @@ class AdapterFile:
         scale = float(self._value(gguf.Keys.Adapter.LORA_ALPHA)) / b.shape[1]
         return before + scale * change
 
+    def rounded(self, name: str, rows: Tensor) -> Tensor:
+        """The adapter is not added to weights, so nothing of it is rounded away."""
+        return rows
+
     # ---------------------------------------------------------------- its parts
 
     @cached_property

@@ -22,8 +22,11 @@ from transformers import (
 )
 
 from whet.errors import WhetError
-from whet.export import compressed
+from whet.export import compressed, merge_nf4
 from whet.export.json_files import read_json
+from whet.export.merge_formats import FLOATS
+from whet.export.merge_layout import Layout, layout_of
+from whet.export.merge_stream import without_quantization
 from whet.export.proof.behaviour import Answer
 from whet.export.proof.checks import Check
 from whet.export.proof.identity import ends_check, sizes_check, template_check, tokenizer_checks
@@ -105,6 +108,20 @@ class MergedFolder:
         with torch.no_grad():
             out: Tensor = wide(self.model.get_submodule(name))(x.to(self.model.device))
         return out
+
+    def rounded(self, name: str, rows: Tensor) -> Tensor:
+        """Rows of a layer's weights as the format holds them."""
+        dtype = FLOATS.get(self.format, self.reference.model.dtype)
+        if self.format in FLOATS or name not in self._layout.linear:
+            return rows.to(dtype).float()
+        if self.format == "nf4":
+            held = merge_nf4.quantize(tuple(rows.shape), lambda start, stop: rows[start:stop], dtype)
+            return held.rows(0, len(rows)).float()
+        return compressed.compressed(self.format, self._layout, dtype).decoded(name, rows)
+
+    @cached_property
+    def _layout(self) -> Layout:
+        return layout_of(without_quantization(self.reference.model.config))
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

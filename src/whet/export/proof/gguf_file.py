@@ -25,6 +25,7 @@ from whet.export.proof.checks import Check
 from whet.export.proof.identity import SPECIAL, added_check, same_ends, sizes_check, template_check
 from whet.export.proof.reference import ANSWER, Asked, LogProbs, Reference
 from whet.quant.gguf_mixes import MIXES
+from whet.quant.gguf_types import TYPES
 
 TEMPLATE = "tokenizer.chat_template"
 NAMES = {"unk": "unknown", "pad": "padding"}
@@ -97,9 +98,16 @@ class GGUFFile:
         bias = self._weight(f"{name}.bias") if f"{name}.bias" in self._sources else None
         return linear(x.float(), weight, bias)
 
+    def rounded(self, name: str, rows: Tensor) -> Tensor:
+        """Rows of a layer's weights in the type that the file holds them in, by way of the merge's type."""
+        tensor = self._source(f"{name}.weight")
+        kind = TYPES[self._written[tensor.name].tensor_type.name.lower()]
+        merged = rows.to(Checkpoint(self.made_from).read(tensor.source, slice(0, 1)).dtype).float()
+        return torch.from_numpy(kind.decode(kind.encode(merged.numpy())))
+
     def _weight(self, source: str) -> Tensor:
         """A tensor decoded by the gguf package, which is not what encoded it; rows in transformers' order."""
-        tensor = self._sources[source if source in self._sources else self._architecture.embedding]
+        tensor = self._source(source)
         written = self._written[tensor.name]
         x = dequantize(written.data, written.tensor_type).reshape(tensor.shape)
         order = tensor.convert(np.arange(len(x), dtype=np.float32)) - np.float32(tensor.offset)
@@ -124,6 +132,10 @@ class GGUFFile:
         """The tensors that the file should hold, by their names in the folder it was made from."""
         tensors = checked_tensors(self._architecture, Checkpoint(self.made_from))
         return {tensor.source: tensor for tensor in tensors}
+
+    def _source(self, name: str) -> SourceTensor:
+        """What stands for the tensor that transformers calls `name`: the embedding, for a head that is tied to it."""
+        return self._sources[name if name in self._sources else self._architecture.embedding]
 
     @property
     def _head(self) -> str:

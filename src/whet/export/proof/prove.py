@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from whet.errors import WhetError
 from whet.export.proof.adapter_file import AdapterFile
@@ -20,10 +19,10 @@ from whet.export.proof.folder import MergedFolder
 from whet.export.proof.gguf_file import GGUFFile
 from whet.export.proof.limits import Limits, limits_of
 from whet.export.proof.reference import Reference
-from whet.export.proof.share import share_checks
+from whet.export.proof.share import Layers, share_checks
 
 
-class Artifact(Engine, Protocol):
+class Artifact(Engine, Layers, Protocol):
     """What was exported, in its engine."""
 
     path: Path
@@ -33,10 +32,6 @@ class Artifact(Engine, Protocol):
     def static_checks(self) -> list[Check]: ...
 
     def engine_checks(self) -> list[Check]: ...
-
-    def layer(self, name: str, x: Tensor, /) -> Tensor:
-        """A `share.Layer`."""
-        ...
 
 
 def prove_folder(reference: Reference, folder: Path, format: str) -> Proof:
@@ -91,7 +86,7 @@ def prove(reference: Reference, artifact: Artifact, limits: Limits | None = None
     if all(check.passed for check in checks):
         checks += artifact.engine_checks()
     if all(check.passed for check in checks):
-        checks += share_checks(reference, artifact.layer, artifact.format, limits)
+        checks += share_checks(reference, artifact, limits)
         try:
             found, measures = compare(reference, artifact, limits)
             checks += found

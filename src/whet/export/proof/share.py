@@ -7,8 +7,11 @@ is the multiple of the adapter's own change that explains the artifact's best:
 
 Rounding is noise that points elsewhere, so the share is known far better than any single weight: to within
 noise = |rest| / (sqrt(n) |y_tuned - y_base|) for n outputs. That finds a layer at half its scale below 4-bit rounding.
-Weights that lie on the grid of 16 bits, as most bases' do, swallow a change smaller than half a step, whatever merges
-it. What rounding leaves of a change of the layer's size is found by rounding such changes, and is no fault.
+
+Weights that lie on a grid already answer to a small change less than in proportion, whatever merges it. On that of 16
+bits, as most bases' do, they swallow one smaller than half a step. On the 16 levels a block of an NF4 base they lie
+alike to the steps of another 4-bit format: Q4_K passes on two thirds. What a format keeps of a change of the layer's
+size is found by rounding such changes, and that much is expected.
 Shapes: x [PROBES, in], y [PROBES, out].
 """
 
@@ -16,9 +19,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -36,86 +39,93 @@ PROBES = 64
 LOST = 0.15
 """Noise of a share above which the layer's change drowns in the format's rounding."""
 
-Layer = Callable[[str, Tensor], Tensor]
-"""A layer of an artifact by its name in the base model, applied to inputs: [PROBES, in] (or token ids) -> outputs."""
+
+class Layers(Protocol):
+    """The layers of an artifact, by their names in the base model."""
+
+    def layer(self, name: str, x: Tensor, /) -> Tensor:
+        """What a layer makes of inputs [PROBES, in], or of token ids."""
+        ...
+
+    def rounded(self, name: str, rows: Tensor, /) -> Tensor:
+        """What the format makes of rows of a layer's weights, fp32 on the CPU, [n, in]: rounded and decoded."""
+        ...
 
 
 SAMPLE = 1 << 16
-"""Weights of a layer on which the loss to 16 bits is tried."""
-
-EXACT = ("f32", "fp32")
-"""Formats that are made without rounding to 16 bits first."""
+"""Weights of a layer on which it is tried how much of a change the format keeps."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """share: see above. noise: how far rounding to the format may move it (one standard deviation). lost: what rounding
-    to 16 bits takes of it."""
+    """share: see above. kept: what is expected of it. noise: how far rounding may move it (one standard deviation)."""
 
     layer: str
     share: float
     noise: float
-    lost: float
+    kept: float
 
-    def tolerance(self, limits: Limits) -> float:
-        """How far from 1 it may lie. Trained changes are less regular than those that were tried, hence the factor."""
-        return limits.share + 5 * self.noise + (1.5 * self.lost if self.share < 1 else 0.0)
+    def error(self, limits: Limits) -> float:
+        """How far it lies outside what may be: 0 and less is within. Trained changes are less regular than those that
+        were tried, hence the half."""
+        doubt = limits.share + 5 * self.noise + abs(1 - self.kept) / 2
+        return max(min(self.kept, 1.0) - self.share, self.share - max(self.kept, 1.0)) - doubt
 
 
-def shares(reference: Reference, layer: Layer, rounded: torch.dtype) -> Iterator[Share]:
-    """The share of each layer that training changed. A full fine-tuning has none. rounded: the merge's type."""
+def shares(reference: Reference, artifact: Layers) -> Iterator[Share]:
+    """The share of each layer that training changed. A full fine-tuning has none."""
     plain = reference.model.get_base_model() if hasattr(reference.model, "get_base_model") else reference.model
     generator = torch.Generator().manual_seed(0)
-    with evaluating(reference.model):
+    with torch.no_grad(), evaluating(reference.model):
         modules: Iterator[tuple[str, nn.Module]] = plain.named_modules()
         for name, module in modules:
             if isinstance(module, LoraLayer | ModulesToSaveWrapper):
-                yield _share(name, module, layer, rounded, generator)
+                yield _share(name, module, artifact, generator)
 
 
-def share_checks(reference: Reference, layer: Layer, format: str, limits: Limits) -> list[Check]:
+def share_checks(reference: Reference, artifact: Layers, limits: Limits) -> list[Check]:
     """One check over all layers that training changed; none where no adapter was trained."""
-    rounded = torch.float32 if format in EXACT else torch.float16 if format == "fp16" else torch.bfloat16
-    found = list(shares(reference, layer, rounded))
+    found = list(shares(reference, artifact))
     if not found:
         return []
     told = [one for one in found if one.noise <= LOST]
     drowned = len(found) - len(told)
     if not told:
         return [Check("adapter's share", True, f"its change is smaller than the rounding in all {drowned} layers")]
-    worst = max(told, key=lambda one: abs(one.share - 1) - one.tolerance(limits))
-    what = f"{worst.share:.3f} at its farthest from 1, in {worst.layer}, of {len(told)} layers"
-    if worst.lost > limits.share:
-        what += f"; so small a change loses about {worst.lost:.0%} to 16 bits"
+    worst = max(told, key=lambda one: one.error(limits))
+    what = f"{worst.share:.3f} at its farthest from what is expected, in {worst.layer}, of {len(told)} layers"
+    if abs(1 - worst.kept) > limits.share:
+        what += f"; of so small a change the format keeps about {worst.kept:.0%}"
     if drowned:
         what += f"; in {drowned} more it is smaller than the rounding"
-    limit = worst.tolerance(limits)
-    return [Check("adapter's share", abs(worst.share - 1) <= limit, what, worst.share, limit, "1 within")]
+    limit = abs(worst.share - 1) - worst.error(limits)
+    return [Check("adapter's share", worst.error(limits) <= 0, what, worst.share, limit, "1 within")]
 
 
-def _share(name: str, module: nn.Module, layer: Layer, rounded: torch.dtype, generator: torch.Generator) -> Share:
+def _share(name: str, module: nn.Module, artifact: Layers, generator: torch.Generator) -> Share:
     base, tuned = _in_fp32(module)
     x = _probes(base, generator)
     on_device = x.to(next(base.parameters()).device)
     before = base(on_device).double().cpu()
     effect = tuned(on_device).double().cpu() - before
-    found = layer(name, x).double().cpu() - before
+    found = artifact.layer(name, x).double().cpu() - before
     square = float((effect * effect).sum())
     if square == 0:  # an adapter that was never trained changes nothing
-        return Share(name, 1.0, math.inf, 0.0)
+        return Share(name, 1.0, math.inf, 1.0)
     share = float((found * effect).sum()) / square
     rest = float((found - share * effect).norm())
+    noise = rest / math.sqrt(effect.numel() * square)
     size = math.sqrt(square / float((before * before).sum()))
-    return Share(name, share, rest / math.sqrt(effect.numel() * square), _lost(base.weight, size, rounded, generator))
+    return Share(name, share, noise, 1.0 if noise > LOST else _kept(name, base.weight, size, artifact, generator))
 
 
-def _lost(weight: Tensor, size: float, rounded: torch.dtype, generator: torch.Generator) -> float:
-    """What rounding takes of a random change, `size` times as large as the weights: 0 for nothing, 1 for all of it."""
-    w = weight.detach().flatten()
-    w = w[:: max(1, len(w) // SAMPLE)].float().cpu()
-    change = torch.randn(len(w), generator=generator) * w.square().mean().sqrt() * size
-    kept = (w + change).to(rounded).float() - w
-    return max(0.0, 1 - float((kept * change).sum() / change.square().sum()))
+def _kept(name: str, weight: Tensor, size: float, artifact: Layers, generator: torch.Generator) -> float:
+    """How much of a random change, `size` times as large as the weights, the format passes on: 1 for all of it."""
+    step = max(1, weight.numel() // SAMPLE)
+    w = weight.detach()[::step].float().cpu()
+    change = torch.randn(w.shape, generator=generator) * w.square().mean().sqrt() * size
+    passed = artifact.rounded(name, w + change) - artifact.rounded(name, w)  # most of the rounding itself cancels
+    return float((passed * change).sum() / change.square().sum())
 
 
 def _in_fp32(module: nn.Module) -> tuple[Plain, nn.Module]:
