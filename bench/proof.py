@@ -96,15 +96,14 @@ def processor_seconds() -> float:
 
 
 def prove(reference: Reference, format: str, scratch: Path) -> Proof:
-    threads = torch.get_num_threads()
     if format == ADAPTER:
-        return prove_adapter(reference, *adapter(reference, scratch), threads=threads)
+        return prove_adapter(reference, *adapter(reference, scratch))
     if format in FOLDERS:
         return prove_folder(reference, merged(reference, format, scratch), format)
     source = merged(reference, "fp32" if format == "f32" else "bf16", scratch)
     path = scratch / f"{format}.gguf"
     write_gguf(source, path, format, check=False)
-    return prove_gguf(reference, path, format, source, threads=threads)
+    return prove_gguf(reference, path, format, source)
 
 
 def share_at_half(reference: Reference, format: str, scratch: Path) -> float | None:

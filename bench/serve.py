@@ -42,6 +42,7 @@ import psutil
 from environment import ROOT, origin
 
 from whet.export.gguf import write_gguf
+from whet.export.llama_cpp import threads_for
 
 MODEL = ROOT / "src" / "whet" / "builtin" / "tiny"
 TOPICS = ("rain", "bread", "a river", "two cats", "the moon", "a red door", "winter", "an old clock")
@@ -286,13 +287,13 @@ def whet(name: str = "whet", model: str = "builtin:tiny") -> Iterator[Server]:
 
 @contextmanager
 def llama_cpp(program: Path, gguf: Path, *, at_once: int | None = None) -> Iterator[Server]:
-    """at_once: answers that it makes at the same time; its own choice otherwise."""
+    """As it starts by itself; at_once: with so many answers at the same time, on as many threads as whet gives it."""
     command = [str(program), "--model", str(gguf), "--port", "{port}", "--alias", "tiny"]
     if at_once is None:
         name = "llama.cpp"
     else:
         name, context = f"llama.cpp, {at_once} at once", str(at_once * CONTEXT)
-        command += ["--parallel", str(at_once), "--ctx-size", context]
+        command += ["--parallel", str(at_once), "--ctx-size", context, "--threads", str(threads_for(None))]
     with process(name, command, "tiny") as server:
         yield server
 

@@ -170,6 +170,14 @@ def merge_row(line: Line, lines: list[Line]) -> list[str]:
     ]
 
 
+def serve_row(line: Line, lines: list[Line]) -> list[str]:
+    """A server under the load of all others; lines of whet alone stand in another table."""
+    if line["what"] != "throughput":
+        return []
+    seconds = [f"{line[key]['p50']:.2f}, {line[key]['p99']:.2f}" for key in ("first_piece", "whole_answer")]
+    return [line["server"], str(line["clients"]), f"{line['tokens_a_second']:,.0f}", *seconds, *where(line)]
+
+
 def gguf_logits_row(line: Line, lines: list[Line]) -> list[str]:
     return [
         line["family"],
@@ -392,6 +400,10 @@ KINDS: dict[str, tuple[list[str], Row]] = {
             *ORIGIN,
         ],
         merge_row,
+    ),
+    "serve": (
+        ["server", "clients", "tokens/s", "first piece, s (p50, p99)", "whole answer, s (p50, p99)", *ORIGIN],
+        serve_row,
     ),
     "gguf_logits": (
         [

@@ -88,6 +88,16 @@ def environment() -> dict[str, str]:
     return {**os.environ, "NODE_LLAMA_CPP_SKIP_DOWNLOAD": "true"}
 
 
+def threads_for(asked: int | None) -> int:
+    """As many as were asked for, else one less than there are cores.
+
+    llama.cpp's threads wait for each other by spinning. One that has no core to itself holds up all of them: with a
+    thread more than there are cores it is a hundred times slower.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return asked or max(1, cores - 1)
+
+
 def install(folder: Path | None = None, *, timeout: float = 600) -> Path:
     """Install llama.cpp into `folder` by npm, unless it is there, and return the folder.
 
@@ -132,7 +142,7 @@ def generate(
     """Greedy answers of llama.cpp, on the CPU.
 
     prompts: rendered chat texts, special tokens and BOS written out in them, or token ids.
-    threads: None leaves the number to llama.cpp. timeout: seconds for all prompts together.
+    threads: see `threads_for`. timeout: seconds for all prompts together.
     Raises WhetError where llama.cpp is not installed, fails (its messages are in the error), or runs out of time.
     """
     if max_new_tokens < 1:
@@ -224,7 +234,7 @@ def _existing(gguf: Path) -> str:
 
 
 def _run(request: dict[str, Any], timeout: float) -> dict[str, Any]:
-    request = {**request, "packages": str(packages())}
+    request = {**request, "packages": str(packages()), "threads": threads_for(request.get("threads"))}
     where = request.get("gguf") or ", ".join(
         dict.fromkeys(reading["gguf"] for reading in request.get("tokenize") or request["logits"])
     )

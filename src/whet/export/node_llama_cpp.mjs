@@ -2,7 +2,7 @@
 
 import {pathToFileURL} from "node:url";
 
-// packages: the folder node_modules. threads: at most so many; without it llama.cpp chooses.
+// packages: the folder node_modules. threads: that compute.
 // `library` is the package, `contextOptions` goes into each context.
 export async function startLlama({packages, threads}) {
     const library = await import(pathToFileURL(packages + "/node-llama-cpp/dist/index.js"));
@@ -13,7 +13,7 @@ export async function startLlama({packages, threads}) {
         progressLogs: false,
         logLevel: library.LlamaLogLevel.warn,
         logger: (level, message) => process.stderr.write(`${level}: ${message}\n`),
-        ...(threads ? {maxThreads: threads} : {})
+        maxThreads: threads
     });
-    return {library, llama, contextOptions: threads ? {threads} : {}};
+    return {library, llama, contextOptions: {threads}};
 }

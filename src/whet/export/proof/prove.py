@@ -9,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-import torch
-
 from whet.errors import WhetError
 from whet.export.proof.adapter_file import AdapterFile
 from whet.export.proof.behaviour import Engine, compare
@@ -51,11 +49,11 @@ def prove_gguf(
     """Compare a GGUF file with the model it was made from.
 
     made_from: the merged folder that it was written from; imatrix: with an importance matrix, which changes its types.
-    threads: of llama.cpp; as many as torch has where it is None.
+    threads: of llama.cpp; see `llama_cpp.threads_for`.
     """
     return prove(
         reference,
-        GGUFFile(path, quantization, reference, made_from, imatrix=imatrix, threads=threads or torch.get_num_threads()),
+        GGUFFile(path, quantization, reference, made_from, imatrix=imatrix, threads=threads),
     )
 
 
@@ -74,7 +72,7 @@ def prove_adapter(
     by whose limits answers go. The adapter itself is not rounded.
     """
     limits = replace(limits_of(computed), share=limits_of("f32").share)
-    file = AdapterFile(path, reference, base, base_folder, threads=threads or torch.get_num_threads())
+    file = AdapterFile(path, reference, base, base_folder, threads=threads)
     return prove(reference, file, limits)
 
 

@@ -33,7 +33,7 @@ from whet.serve.interface import (
 class Settings:
     """sequences: answers made at once, each with memory for `context` tokens. max_waiting: those that may wait.
 
-    context: tokens of prompt and answer, at most the model's own. threads: None leaves the number to llama.cpp.
+    context: tokens of prompt and answer, at most the model's own. threads: None for one less than there are cores.
     """
 
     sequences: int = 8

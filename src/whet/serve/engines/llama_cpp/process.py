@@ -36,7 +36,8 @@ class NodeProcess:
     @classmethod
     async def start(cls, settings: Message) -> NodeProcess:
         """Load the model that `settings` name. Raises WhetError where it can't be, with llama.cpp's own words."""
-        settings = {**settings, "packages": str(llama_cpp.packages())}
+        threads = llama_cpp.threads_for(settings.get("threads"))
+        settings = {**settings, "packages": str(llama_cpp.packages()), "threads": threads}
         pipe = asyncio.subprocess.PIPE
         self = cls(
             await asyncio.create_subprocess_exec(
