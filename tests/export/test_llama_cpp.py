@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -102,3 +103,10 @@ def test_a_token_outside_the_vocabulary(tmp_path):
     path = write_gguf(save_tiny(tmp_path / "m", "llama"), tmp_path / "m.gguf", "f16").path
     with pytest.raises(WhetError, match="token 604 is outside the file's vocabulary of 604"):
         runner.logits(path, [[1, 604]], threads=1)
+
+
+def test_threads_leave_a_core_to_others() -> None:
+    """Catches llama.cpp's own choice, which may be more threads than there are cores: they spin while they wait."""
+    cores = len(os.sched_getaffinity(0))
+    assert runner.threads_for(None) == max(1, cores - 1)
+    assert runner.threads_for(3) == 3
