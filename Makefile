@@ -11,9 +11,10 @@ quickstart: setup  ## build a data set from this Python's documentation, fine-tu
 	$(BIN)/whet run recipes/quickstart.yaml --runs $(RUNS)
 	$(BIN)/python -m quickstart.answers $$(ls -td $(RUNS)/quickstart-* | head -n 1)
 
-# bytecode is kept, also where the environment says otherwise: each process would compile all of whet again
+# Bytecode is kept, also where the environment says otherwise: each process would compile all of whet again. Three on
+# two cores, since tests also wait: for processes of their own, and for disks.
 test: setup  ## the whole suite
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
