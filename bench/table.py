@@ -178,6 +178,12 @@ def serve_row(line: Line, lines: list[Line]) -> list[str]:
     return [line["server"], str(line["clients"]), f"{line['tokens_a_second']:,.0f}", *seconds, *where(line)]
 
 
+def engine_row(line: Line, lines: list[Line]) -> list[str]:
+    asked = f"{line['model']}, {line['requests']} requests, {line['prompt_tokens']:,} + {line['tokens']:,} tokens"
+    seconds = f"{min(line['seconds']):.1f} to {max(line['seconds']):.1f}"
+    return [asked, line["engine"], f"{line['tokens_a_second']:,.0f}", seconds, *where(line)]
+
+
 def gguf_logits_row(line: Line, lines: list[Line]) -> list[str]:
     return [
         line["family"],
@@ -405,6 +411,7 @@ KINDS: dict[str, tuple[list[str], Row]] = {
         ["server", "clients", "tokens/s", "first piece, s (p50, p99)", "whole answer, s (p50, p99)", *ORIGIN],
         serve_row,
     ),
+    "engine": (["work", "engine", "tokens/s", "seconds", *ORIGIN], engine_row),
     "gguf_logits": (
         [
             "family",

@@ -29,6 +29,7 @@ from whet.serve.engines.in_process.settings import Settings
 from whet.serve.engines.in_process.vocabulary import Vocabulary
 
 CPU_CACHE = 2 << 30  # bytes
+CPU_STEP, GPU_STEP = 512, 4096  # tokens of prompts
 GPU_SHARE = 0.8  # of the memory that is free once the weights are loaded
 OTHER_ATTENTION = "serve this model through vLLM, or export it to GGUF"
 
@@ -39,8 +40,10 @@ class Runner:
     def __init__(self, folder: str, settings: Settings):
         self.model, self.tokenizer = _loaded(folder, settings)
         self.device: torch.device = self.model.device
-        if self.device.type == "cpu":
+        on_cpu = self.device.type == "cpu"
+        if on_cpu:
             leave_a_core()
+        self.step_tokens = settings.step_tokens or (CPU_STEP if on_cpu else GPU_STEP)
         self.vocabulary = Vocabulary(self.tokenizer, _ends(self.model, self.tokenizer), _rows(self.model))
         shapes = _probe(self.model, folder)
         self.size = _capacity(self.model, shapes, settings, folder)

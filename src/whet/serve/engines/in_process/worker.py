@@ -109,7 +109,7 @@ class Worker:
     def _run(self) -> None:
         try:
             self._runner = Runner(self._folder, self._settings)
-            self._scheduler = Scheduler(self._runner.table, self._settings.step_tokens)
+            self._scheduler = Scheduler(self._runner.table, self._runner.step_tokens)
         except BaseException as error:
             self.ready.set_exception(error)
             return
