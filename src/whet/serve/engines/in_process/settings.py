@@ -10,8 +10,9 @@ class Settings:
     """max_running: answers made at once. max_waiting: those that may wait for a place; more are refused as busy.
 
     step_tokens: prompt tokens a forward pass takes at most; smaller steps keep other answers flowing, larger ones read
-    prompts faster; None is 512 on a CPU and 4096 on a GPU. context: tokens of prompt and answer; None is the model's own. cache_bytes: memory for keys and
-    values; None is 2 GiB on a CPU and 80% of what is free on a GPU. dtype, device: None picks by the hardware.
+    prompts faster; None is 512 on a CPU and 4096 on a GPU. context: tokens of prompt and answer; None is the model's
+    own. cache_bytes: memory for keys and values; None is 2 GiB on a CPU and 80% of what is free on a GPU. dtype,
+    device: None picks by the hardware.
     """
 
     max_running: int = 256
