@@ -18,9 +18,10 @@ from pydantic import SecretStr, ValidationError
 from tests.evals.openai_server import ENGINE, NAME, Fault, OpenAIServer
 from whet.errors import WhetError
 from whet.evals.endpoint import Endpoint, EndpointSettings, Usage
-from whet.evals.endpoint_http import Caller, Outcome, _error_in, _retry_after
+from whet.evals.endpoint_http import Caller, Outcome, _error_in
 from whet.evals.generation import Generation
 from whet.evals.models import InMemory, Model, Prompt
+from whet.retry_after import retry_after
 
 KEY = "sk-a-key-that-nobody-may-see"
 HOW = Generation(max_new_tokens=6)
@@ -343,4 +344,4 @@ def test_a_servers_words_are_one_harmless_line(content: bytes, text: str) -> Non
     [("3", 3.0), ("-1", 0.0), ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0), ("soon", None), ("", None), ("nan", None)],
 )
 def test_retry_after(header: str, seconds: float | None) -> None:
-    assert _retry_after({"retry-after": header}) == seconds
+    assert retry_after({"retry-after": header}) == seconds

@@ -16,9 +16,10 @@ SOURCE = ROOT / "src" / "whet"
 MODULES = sorted(SOURCE.rglob("*.py"))
 
 EVERYTHING = "*"
-COMMON = {"addresses", "errors", "files", "units"}
+COMMON = {"addresses", "errors", "files", "retry_after", "units"}
 MAY_IMPORT = {
     "addresses": "",
+    "retry_after": "",
     "errors": "",
     "files": "",
     "units": "",

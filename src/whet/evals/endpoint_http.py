@@ -8,12 +8,9 @@ whole of its reply, since a limit between two bytes lets a server that trickles 
 from __future__ import annotations
 
 import asyncio
-import email.utils
 import json
-import math
 import os
 import random
-import time
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import SecretStr
 
 from whet.errors import WhetError
+from whet.retry_after import retry_after
 
 if TYPE_CHECKING:
     import httpx2
@@ -191,7 +189,7 @@ class Caller:
         if status in HOPELESS or codes & QUOTA or 300 <= status < 400:
             return _Failed("rejected", note, hopeless=True)
         if status in TRANSIENT or status >= 500:
-            return _Failed("unavailable", note, again=True, wait=_retry_after(headers))
+            return _Failed("unavailable", note, again=True, wait=retry_after(headers))
         return _Failed("rejected", note)
 
     def shown(self, text: str) -> str:
@@ -240,16 +238,3 @@ def _error_in(content: bytes) -> tuple[str, set[str]]:
         return str(error), set()
     message = error.get("message") or error.get("detail") or text
     return str(message), {str(error[name]) for name in ("code", "type") if error.get(name)}
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds, of a header that holds seconds or a date (RFC 9110, 10.2.3). None where there is none to be read."""
-    value = headers.get("retry-after", "").strip()
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except (ValueError, TypeError, OverflowError):
-            return None
-    return max(0.0, seconds) if math.isfinite(seconds) else None

@@ -117,7 +117,11 @@ class MergedFolder:
         if self.format == "nf4":
             held = merge_nf4.quantize(tuple(rows.shape), lambda start, stop: rows[start:stop], dtype)
             return held.rows(0, len(rows)).float()
-        return compressed.compressed(self.format, self._layout, dtype).decoded(name, rows)
+        return self._compressed.decoded(name, rows)
+
+    @cached_property
+    def _compressed(self) -> compressed.Compressed:
+        return compressed.compressed(self.format, self._layout, self.reference.model.dtype)
 
     @cached_property
     def _layout(self) -> Layout:

@@ -102,7 +102,7 @@ class GGUFFile:
         """Rows of a layer's weights in the type that the file holds them in, by way of the merge's type."""
         tensor = self._source(f"{name}.weight")
         kind = TYPES[self._written[tensor.name].tensor_type.name.lower()]
-        merged = rows.to(Checkpoint(self.made_from).read(tensor.source, slice(0, 1)).dtype).float()
+        merged = rows.to(self._checkpoint.read(tensor.source, slice(0, 1)).dtype).float()
         return torch.from_numpy(kind.decode(kind.encode(merged.numpy())))
 
     def _weight(self, source: str) -> Tensor:
@@ -128,9 +128,13 @@ class GGUFFile:
         return architecture_of(self.made_from)
 
     @cached_property
+    def _checkpoint(self) -> Checkpoint:
+        return Checkpoint(self.made_from)
+
+    @cached_property
     def _sources(self) -> dict[str, SourceTensor]:
         """The tensors that the file should hold, by their names in the folder it was made from."""
-        tensors = checked_tensors(self._architecture, Checkpoint(self.made_from))
+        tensors = checked_tensors(self._architecture, self._checkpoint)
         return {tensor.source: tensor for tensor in tensors}
 
     def _source(self, name: str) -> SourceTensor:

@@ -12,10 +12,7 @@ go to the address that the operator gave, or nowhere. Messages hold no key, thou
 
 from __future__ import annotations
 
-import email.utils
 import json
-import math
-import time
 from collections.abc import AsyncIterator, Collection, Generator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -23,6 +20,7 @@ from typing import Any
 import httpx2
 from pydantic import SecretStr
 
+from whet.retry_after import retry_after
 from whet.serve.engines.vllm.address import Address
 from whet.serve.engines.vllm.settings import Settings
 from whet.serve.interface import Busy, EngineDown, Refused, UnknownModel
@@ -189,19 +187,6 @@ class Fault:
         if self.status is None:
             return self._fields.get("type") == "invalid_request_error"
         return 400 <= self.status < 500 and self.status not in (*OUR_FAULT, *NOT_THE_REQUEST)
-
-
-def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds, of a header that holds seconds or a date (RFC 9110, 10.2.3). None where there is none to be read."""
-    value = headers.get("retry-after", "").strip()
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except (ValueError, TypeError, OverflowError):
-            return None
-    return max(0.0, seconds) if math.isfinite(seconds) else None
 
 
 async def _read(response: httpx2.Response, limit: int, *, cut: bool = False) -> bytes:
