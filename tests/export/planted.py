@@ -68,9 +68,14 @@ class Tuned:
         return path
 
 
-def tune(folder: Path, family: str = "llama", **changes: Any) -> Tuned:
-    """A tiny model of a family with an adapter on all its linear layers, asked two prompts."""
+def tune(folder: Path, family: str = "llama", retokenize: Callable[[Any], None] | None = None, **changes: Any) -> Tuned:
+    """A tiny model of a family with an adapter on all its linear layers, asked two prompts.
+
+    retokenize: changes its tokenizer.
+    """
     base = save_tiny(folder / "base", family, changes)
+    if retokenize:
+        change_tokenizer(base, retokenize)
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     adapter = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
 from tests.export.tiny_llama import CHAT_TEMPLATE, SPECIAL, corpus
-from whet.export.gguf_tokenizer.byte_level import PreTokenizer, built
+from whet.export.gguf_tokenizer.byte_level import PRE_TOKENIZERS, PreTokenizer, built
 from whet.export.gguf_tokenizer.strings import strings
 
+COUNT = 2000  # strings that each is tried on
 ROWS = 4200  # more than any of them has tokens
 LLAMA_2_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
@@ -145,7 +147,7 @@ def gemma(folder: Path, longest_first: bool = False) -> Path:
     runs = [char * n for char, first in (("\n", 1), ("▁", 2), ("\t", 2)) for n in range(first, 12)]
     defined = ["<2mass>", "[@BOS@]", "<unused0>", *runs, "<table>", "</table>", "<h1>"]
     pieces = _pieces(sentencepiece_model(tuple(defined)))
-    vocab = {"\t" if p.piece == "<0x09>" else p.piece: index for index, p in enumerate(pieces)}
+    vocab = {piece.piece: index for index, piece in enumerate(pieces)}
     merges = generate_merges(vocab, {text: pieces[i].score for text, i in vocab.items()} if longest_first else None)
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     backend.normalizer = normalizers.Replace(" ", "▁")
@@ -157,3 +159,23 @@ def gemma(folder: Path, longest_first: bool = False) -> Path:
     tokenizer.chat_template = GEMMA_TEMPLATE
     tokenizer.save_pretrained(folder)
     return folder
+
+
+FAMILIES: dict[str, Callable[[Path], Path]] = {
+    **{pre.name: functools.partial(byte_level, pre) for pre in PRE_TOKENIZERS},
+    "llama 2": llama_2,
+    "mistral": lambda folder: from_model_file(folder, "TokenizersBackend"),
+    "mistral, legacy": lambda folder: from_model_file(
+        folder, "LlamaTokenizer", legacy=True, chat_template=LLAMA_2_TEMPLATE
+    ),
+    "phi-3": phi_3,
+    "gemma": gemma,
+    "gemma, longest runs first": functools.partial(gemma, longest_first=True),
+}
+"""What writes each family into a folder, and returns the folder."""
+
+
+def texts(tokenizer: Any) -> tuple[str, ...]:
+    """The strings that a family is tried on: those of whet, with its own special tokens in a third of them."""
+    contents = (token.content for token in tokenizer.added_tokens_decoder.values())
+    return strings(COUNT, special=tuple(content for content in contents if content.strip() and "▁" not in content))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -13,12 +14,15 @@ from typing import Any, TypeVar
 import jsonschema
 import pytest
 import torch
+from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.export.planted import rewritten
 from tests.llama_cpp import llama_cpp  # noqa: F401 (a fixture)
 from tests.serve.engines import ask, greedy, pieces, text
 from whet.errors import WhetError
 from whet.export.gguf import write_gguf
+from whet.export.gguf_tokenizer.carried import KEY
 from whet.models.load import resolve
 from whet.serve.engines.llama_cpp.engine import LlamaCppEngine, Settings
 from whet.serve.engines.llama_cpp.schema import translated
@@ -29,6 +33,7 @@ Answer = TypeVar("Answer")
 FOLDER = Path(resolve("builtin:tiny"))
 TOKENIZER = AutoTokenizer.from_pretrained(FOLDER)
 USER = [{"role": "user", "content": "Write two sentences about rain."}]
+FEW: dict[str, Any] = {"max_tokens": 3, "temperature": 0.0}
 LONG = {"max_tokens": 400, "logit_bias": {2: -1000.0, 0: -1000.0}}
 
 
@@ -184,6 +189,73 @@ def test_what_can_not_be_read_is_refused(gguf: Path) -> None:
         return await text(engine, ask("The rain", max_tokens=3))
 
     assert with_engine(gguf, use)
+
+
+def test_blanks_before_punctuation_stay(gguf: Path) -> None:
+    """Catches llama.cpp's clean-up of text, which makes "ça va ?" and "x ? y" into "ça va?" and "x? y"."""
+    (blank_and_mark,) = TOKENIZER(" !", add_special_tokens=False)["input_ids"]
+
+    async def use(engine: LlamaCppEngine) -> Any:
+        request = ask("The rain", max_tokens=4, logit_bias={blank_and_mark: 1000.0}, logprobs=1)
+        return merged(await pieces(engine, request))
+
+    answer = with_engine(gguf, use)
+    assert answer.text == " ! ! ! !"
+    assert [(entry.token, entry.bytes) for entry in answer.logprobs] == 4 * [(" !", b" !")]
+
+
+def test_half_a_character_has_its_bytes(gguf: Path) -> None:
+    """Catches an answer that ends within a character and says nothing of it, and bytes that are told as none."""
+    (first,) = (i for i, token in enumerate(TOKENIZER.convert_ids_to_tokens(range(600))) if token == "Ã")
+
+    async def use(engine: LlamaCppEngine) -> Any:
+        return merged(await pieces(engine, ask("The rain", max_tokens=1, logit_bias={first: 1000.0}, logprobs=0)))
+
+    answer = with_engine(gguf, use)
+    assert answer.text == "\ufffd"
+    assert [entry.bytes for entry in answer.logprobs] == [b"\xc3"]
+
+
+@pytest.fixture(scope="module")
+def normalizing(llama_cpp: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """A model whose tokenizer puts text into NFC, as Qwen's do and llama.cpp does not."""
+    folder = tmp_path_factory.mktemp("nfc")
+    shutil.copytree(FOLDER, folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    tokenizer.save_pretrained(folder / "model")
+    write_gguf(folder / "model", folder / "model.gguf", "f32")
+    return folder / "model.gguf"
+
+
+def test_prompts_are_cut_by_the_tokenizer_in_the_file(gguf: Path, normalizing: Path) -> None:
+    """Catches prompts and chats left to llama.cpp, which cuts them otherwise than the model was trained on."""
+    apart, whole = "Cafe\u0301 de\u0301ja\u0300 vu", "Café déjà vu"
+
+    async def use(engine: LlamaCppEngine) -> list[Any]:
+        chats = [[{"role": "user", "content": content}] for content in (apart, whole)]
+        asked = [ask(apart, **FEW), ask(whole, **FEW), *(Request("base", Sampling(**FEW), messages=c) for c in chats)]
+        return [merged(await pieces(engine, request)) for request in asked]
+
+    prompt, same_prompt, chat, same_chat = with_engine(normalizing, use)
+    assert (prompt, chat) == (same_prompt, same_chat)
+    assert prompt.prompt_tokens == len(TOKENIZER(whole)["input_ids"])
+    own, _, *_ = with_engine(gguf, use)
+    assert own.prompt_tokens == len(TOKENIZER(apart)["input_ids"]) > prompt.prompt_tokens
+
+
+def test_a_damaged_tokenizer_in_the_file_is_told_at_the_start(normalizing: Path, tmp_path: Path) -> None:
+    broken = rewritten(normalizing, tmp_path / "broken.gguf", {KEY: "{}"})
+
+    async def start() -> None:
+        engine = LlamaCppEngine(broken)
+        try:
+            await engine.start()
+        finally:
+            await engine.stop()
+
+    with pytest.raises(WhetError, match=rf"broken\.gguf: {KEY} in the file is no tokenizer"):
+        asyncio.run(start())
 
 
 def test_a_file_that_is_no_gguf_is_the_user_s_fault(llama_cpp: Path, tmp_path: Path) -> None:  # noqa: F811

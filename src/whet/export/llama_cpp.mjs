@@ -2,13 +2,16 @@
 //
 // Request: {packages, threads} and one of               Reply:
 //   {tokenize: [{gguf, texts: [text]}]}                   {tokens: [[[id]]]}
+//   {detokenize: [{gguf, tokens: [[id]]}]}                {texts: [[text]]}
 //   {gguf, generate: [text | ids], maxNewTokens}          {generations: [{promptTokenIds, tokenIds, text, stopped}]}
 //   {logits: [{gguf, adapter, tokens: [id], start}], out} {vocabularies: [size]}, and in the file `out` float32 rows
-// Text is tokenized with special tokens parsed and nothing added around it. Generation is greedy. A row holds the logits
+// Text is tokenized with special tokens parsed and nothing added around it, and comes back with them written out, but for
+// that of a generation. Generation is greedy. A row holds the logits
 // of the whole vocabulary after one token, from position `start` on.
 
 import {closeSync, openSync, readFileSync, writeSync} from "node:fs";
 import {startLlama} from "./node_llama_cpp.mjs";
+import {Pieces, textOf} from "./node_pieces.mjs";
 
 const request = JSON.parse(readFileSync(0, "utf8"));
 const {llama, contextOptions} = await startLlama(request);
@@ -31,7 +34,18 @@ async function tokenizeAll({tokenize}) {
     return {tokens};
 }
 
-async function generate(model, sequence, prompt, maxNewTokens) {
+async function detokenizeAll({detokenize}) {
+    const texts = [];
+    for (const {gguf, tokens} of detokenize) {
+        const model = await load(gguf, true);
+        const pieces = new Pieces(model);
+        texts.push(tokens.map((ids) => textOf(pieces, ids, true)));
+        await model.dispose();
+    }
+    return {texts};
+}
+
+async function generate(model, pieces, sequence, prompt, maxNewTokens) {
     await sequence.clearHistory();
     const tokenIds = [];
     let stopped = false;
@@ -43,7 +57,7 @@ async function generate(model, sequence, prompt, maxNewTokens) {
         if (tokenIds.length >= maxNewTokens)
             break;
     }
-    return {promptTokenIds: prompt, tokenIds, text: model.detokenize(tokenIds, false), stopped};
+    return {promptTokenIds: prompt, tokenIds, text: textOf(pieces, tokenIds, false), stopped};
 }
 
 async function generateAll({gguf, generate: prompts, maxNewTokens}) {
@@ -52,9 +66,10 @@ async function generateAll({gguf, generate: prompts, maxNewTokens}) {
     const longest = Math.max(...ids.map((prompt) => prompt.length));
     const context = await model.createContext({contextSize: longest + maxNewTokens + 8, ...contextOptions});
     const sequence = context.getSequence();
+    const pieces = new Pieces(model);
     const generations = [];
     for (const prompt of ids)
-        generations.push(await generate(model, sequence, prompt, maxNewTokens));
+        generations.push(await generate(model, pieces, sequence, prompt, maxNewTokens));
     return {generations};
 }
 
@@ -111,6 +126,7 @@ function writeRow(file, rowStart, index, vocabulary, logits) {
     writeSync(file, row, 0, row.byteLength, rowStart + index * row.byteLength);
 }
 
-const answer = request.tokenize != null ? tokenizeAll : request.logits != null ? readLogits : generateAll;
+const tasks = {tokenize: tokenizeAll, detokenize: detokenizeAll, logits: readLogits, generate: generateAll};
+const [, answer] = Object.entries(tasks).find(([name]) => request[name] != null);
 // A pipe takes a long reply piece by piece; after the last, llama.cpp's threads would hold the process.
 process.stdout.write(JSON.stringify(await answer(request)), () => process.exit(0));

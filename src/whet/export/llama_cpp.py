@@ -131,6 +131,15 @@ def tokenize_each(readings: Sequence[tuple[Path, Sequence[str]]], *, timeout: fl
     return tokens
 
 
+def detokenize_each(
+    readings: Sequence[tuple[Path, Sequence[Sequence[int]]]], *, timeout: float = 120
+) -> list[list[str]]:
+    """The texts of token ids by the vocabularies of several files, special tokens written out; by one process."""
+    wanted = [{"gguf": _existing(gguf), "tokens": [list(ids) for ids in tokens]} for gguf, tokens in readings]
+    texts: list[list[str]] = _run({"detokenize": wanted}, timeout)["texts"]
+    return texts
+
+
 def generate(
     gguf: Path,
     prompts: Sequence[str] | Sequence[list[int]],
@@ -236,7 +245,9 @@ def _existing(gguf: Path) -> str:
 def _run(request: dict[str, Any], timeout: float) -> dict[str, Any]:
     request = {**request, "packages": str(packages()), "threads": threads_for(request.get("threads"))}
     where = request.get("gguf") or ", ".join(
-        dict.fromkeys(reading["gguf"] for reading in request.get("tokenize") or request["logits"])
+        dict.fromkeys(
+            reading["gguf"] for task in ("tokenize", "detokenize", "logits") for reading in request.get(task, ())
+        )
     )
     try:
         done = subprocess.run(

@@ -13,8 +13,8 @@ from typing import Any
 
 from gguf import TokenType
 
-_NEVER_STRIPPED = frozenset({"<unk>", "<s>", "<|endoftext|>"})
-_NEEDED_TO_STRIP = _NEVER_STRIPPED | {"</s>"}  # llama.cpp fails to load a Phi-3 without them
+NEVER_STRIPPED = frozenset({"<unk>", "<s>", "<|endoftext|>"})
+_NEEDED_TO_STRIP = NEVER_STRIPPED | {"</s>"}  # llama.cpp fails to load a Phi-3 without them
 
 Added = dict[str, Any]
 
@@ -28,7 +28,7 @@ def strips_right(added: list[Added], notes: list[str]) -> bool:
     """Whether llama.cpp must drop blanks after special tokens; notes name the tokens for which that is wrong."""
     wanted = {token["content"] for token in added if token["rstrip"]}
     contents = {token["content"] for token in added}
-    stripped = contents - _NEVER_STRIPPED if contents >= _NEEDED_TO_STRIP else set()
+    stripped = contents - NEVER_STRIPPED if contents >= _NEEDED_TO_STRIP else set()
     strips = len(wanted ^ stripped) < len(wanted)
     if strips:
         notes.append("llama.cpp drops only ASCII blanks after special tokens, and the tokenizer drops all (rstrip)")

@@ -106,6 +106,11 @@ PRE_TOKENIZERS = (
 )
 
 
+def known(name: str) -> PreTokenizer:
+    """The pre-tokenizer of this name."""
+    return next(pre for pre in PRE_TOKENIZERS if pre.name == name)
+
+
 def pre_tokenizer_name(spec: dict[str, Any], backend: Any, where: str, notes: list[str]) -> str:
     """The name for `tokenizer.ggml.pre`. backend: the `tokenizers.Tokenizer` that `spec` is the JSON of.
 
@@ -186,11 +191,11 @@ def _cutting_alike(pre_tokenizer: Any) -> list[PreTokenizer]:
         return []
     expected = [pre_tokenizer.pre_tokenize_str(text) for text in strings()]
     return [
-        known
-        for known in PRE_TOKENIZERS
+        pre
+        for pre in PRE_TOKENIZERS
         if all(
-            known_cut == cut
-            for known_cut, cut in zip(map(built(known.steps).pre_tokenize_str, strings()), expected, strict=True)
+            cut == wanted
+            for cut, wanted in zip(map(built(pre.steps).pre_tokenize_str, strings()), expected, strict=True)
         )
     ]
 

@@ -11,6 +11,7 @@ from gguf import TokenType
 
 from whet.errors import WhetError
 from whet.export.gguf_tokenizer import added, byte_fallback, byte_level
+from whet.export.gguf_tokenizer.carried import to_carry
 from whet.export.gguf_tokenizer.space_prefix import SPACE, space_prefix
 from whet.export.gguf_tokenizer.special import added_around_text, special_ids
 from whet.export.gguf_tokenizer.written import GGUFTokenizer
@@ -53,6 +54,7 @@ def read_tokenizer(model_dir: Path, embedding_rows: int) -> GGUFTokenizer:
     model_dir = Path(model_dir)
     tokenizer, where = load_tokenizer(model_dir), str(model_dir / _FILES[0])
     notes: list[str] = []
+    other_notes: list[str] = []
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     _check_model(spec["model"], where)
     tokens, types = _vocabulary(spec, embedding_rows, where)
@@ -65,7 +67,7 @@ def read_tokenizer(model_dir: Path, embedding_rows: int) -> GGUFTokenizer:
         types=types,
         merges=[" ".join(byte_level.pair(merge)) for merge in spec["model"]["merges"]],
         scores=None,
-        ids=special_ids(tokenizer, model_dir, where, notes),
+        ids=special_ids(tokenizer, model_dir, where, other_notes),
         add_bos=add_bos,
         add_eos=add_eos,
         add_space_prefix=None,
@@ -77,6 +79,10 @@ def read_tokenizer(model_dir: Path, embedding_rows: int) -> GGUFTokenizer:
         _as_sentencepiece(result, tokenizer, spec, where)
     else:
         result.pre = byte_level.pre_tokenizer_name(spec, tokenizer.backend_tokenizer, where, notes)
+    if notes:
+        result.carried = to_carry(spec)
+        notes.append("the file carries tokenizer.json: whet serve cuts all text by it, as transformers does")
+    notes.extend(other_notes)
     return result
 
 
@@ -92,7 +98,14 @@ def _check_model(model: dict[str, Any], where: str) -> None:
 def _vocabulary(spec: dict[str, Any], embedding_rows: int, where: str) -> tuple[list[str], list[TokenType]]:
     """The text and type of each embedding row."""
     by_id = {index: (text, TokenType.NORMAL) for text, index in spec["model"]["vocab"].items()}
-    by_id.update((token["id"], (token["content"], added.type_of(token))) for token in spec["added_tokens"])
+    for token in spec["added_tokens"]:
+        if (other := by_id.get(token["id"], (token["content"],))[0]) != token["content"]:
+            raise WhetError(
+                f"the tokens {other!r} and {token['content']!r} have the same id, {token['id']}",
+                where=where,
+                fix="give the added token an id of its own",
+            )
+        by_id[token["id"]] = token["content"], added.type_of(token)
     size = max(by_id) + 1
     if size > embedding_rows:
         raise WhetError(

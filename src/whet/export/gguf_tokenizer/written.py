@@ -8,6 +8,8 @@ from pathlib import Path
 
 from gguf import GGUFWriter, TokenType
 
+from whet.export.gguf_tokenizer.carried import KEY as CARRIED
+
 # A model's name with this in it makes llama.cpp drop blanks after special tokens, as Phi-3's tokenizer does.
 STRIPS_RIGHT = re.compile("phi-?3", re.IGNORECASE)
 
@@ -20,6 +22,7 @@ class GGUFTokenizer:
     tokens, types: the text and type of each embedding row. merges: written for `gpt2`; scores: for `llama`.
     ids: GGUF's name of a special token ("eos", "eot", "padding", ...) -> its id.
     strips_right: blanks after a special token belong to that token. notes: what llama.cpp may do differently.
+    carried: tokenizer.json, for those who ask llama.cpp with token ids; None where its own tokenizer does the same.
     """
 
     model: str
@@ -35,6 +38,7 @@ class GGUFTokenizer:
     chat_template: str | dict[str, str] | None
     strips_right: bool = False
     notes: list[str] = field(default_factory=list)
+    carried: str | None = None
 
     def model_name(self, name: str) -> str:
         """`name` as it must stand in `general.name`: llama.cpp reads from it whether special tokens strip blanks."""
@@ -58,6 +62,8 @@ class GGUFTokenizer:
         writer.add_add_eos_token(self.add_eos)
         if self.add_space_prefix is not None:
             writer.add_add_space_prefix(self.add_space_prefix)
+        if self.carried is not None:
+            writer.add_string(CARRIED, self.carried)
         _write_templates(writer, self.chat_template)
 
     def write_vocabulary(self, path: Path) -> None:

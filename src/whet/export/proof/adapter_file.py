@@ -55,7 +55,7 @@ class AdapterFile:
     # ---------------------------------------------------------------- what it says
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        return llama_cpp.tokenize(self.base, texts)
+        return GGUFFile(self.base, self.format, self.reference, self.base_folder).tokenize(texts)
 
     def log_probs(self, asked: Sequence[Asked]) -> list[LogProbs]:
         readings = [Reading(self.base, one.ids, one.start, self.path) for one in asked]

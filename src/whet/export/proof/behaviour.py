@@ -16,9 +16,9 @@ PROBES = (
     "    four spaces,\n\ttabs\r\n\n  and \u00a0 lines   ",
     "naïve café, русский, 日本語のテキスト, 한국어, 🙂👩‍👩‍👧",
     "def f(x_1: int) -> str:\n    return f'{x_1!r}' != \"\"  # HTTPServer",
+    "हिन्दी, שָׁלוֹם, ภาษาไทย, ÉCOLE, и\u0306, e\u0301",
 )
-"""Texts that are tokenized besides the prompts. No script with combining marks: with some pre-tokenizers llama.cpp cuts
-those otherwise, which the tokenizer's notes say."""
+"""Texts that are tokenized besides the prompts."""
 
 
 class Answer(NamedTuple):
@@ -32,7 +32,7 @@ class Engine(Protocol):
     """Runs an artifact as its users will."""
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, special tokens parsed and none added."""
+        """Token ids of each text as whet serves the artifact, special tokens parsed and none added."""
         ...
 
     def log_probs(self, asked: Sequence[Asked]) -> list[LogProbs]:
@@ -56,7 +56,7 @@ def compare(reference: Reference, engine: Engine, limits: Limits) -> tuple[list[
 
 def tokens_check(reference: Reference, engine: Engine) -> Check:
     """Prompts and probes become the same token ids."""
-    texts = [*reference.texts, *PROBES, *_added(reference)]
+    texts = texts_to_tokenize(reference)
     expected = [reference.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     found = engine.tokenize(texts)
     wrong = [i for i, (a, b) in enumerate(zip(expected, found, strict=True)) if a != b]
@@ -68,9 +68,10 @@ def tokens_check(reference: Reference, engine: Engine) -> Check:
     return Check("tokens", not wrong, what, float(len(wrong)), 0.0)
 
 
-def _added(reference: Reference) -> list[str]:
-    """Each added token: one that is missing is split."""
-    return [str(token) for _, token in sorted(reference.tokenizer.added_tokens_decoder.items())]
+def texts_to_tokenize(reference: Reference) -> list[str]:
+    """Prompts, probes, and each added token: one that is missing is split."""
+    added = (str(token) for _, token in sorted(reference.tokenizer.added_tokens_decoder.items()))
+    return [*reference.texts, *PROBES, *added]
 
 
 def distribution_checks(

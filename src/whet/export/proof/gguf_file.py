@@ -20,7 +20,11 @@ from whet.export.gguf import verify
 from whet.export.gguf_architectures import Architecture, SourceTensor, architecture_of
 from whet.export.gguf_checkpoint import Checkpoint
 from whet.export.gguf_plan import checked_tensors, plan_file
-from whet.export.proof.behaviour import Answer
+from whet.export.gguf_tokenizer import read_tokenizer
+from whet.export.gguf_tokenizer.carried import KEY as CARRIED
+from whet.export.gguf_tokenizer.carried import Carried
+from whet.export.gguf_tokenizer.llama_cpp_cut import llama_cpp_cut
+from whet.export.proof.behaviour import Answer, texts_to_tokenize
 from whet.export.proof.checks import Check
 from whet.export.proof.identity import SPECIAL, added_check, same_ends, sizes_check, template_check
 from whet.export.proof.reference import ANSWER, Asked, LogProbs, Reference
@@ -31,6 +35,7 @@ TEMPLATE = "tokenizer.chat_template"
 NAMES = {"unk": "unknown", "pad": "padding"}
 """GGUF's names of special tokens, where they are not transformers'."""
 
+OWN_TOKENS = "llama.cpp's tokens"
 ENDS = ("eos", "eot", "eom")
 TIMEOUT = 3600
 """Seconds that llama.cpp may take for all prompts: on a CPU, tens of tokens a second at 8B."""
@@ -73,13 +78,16 @@ class GGUFFile:
         ]
 
     def engine_checks(self) -> list[Check]:
-        """Nothing beyond what it says: a file that llama.cpp can't load is found when it is asked for tokens."""
-        return []
+        """llama.cpp's own tokenizer, where `tokenize` goes by the one that the file carries.
+
+        What else llama.cpp says is compared later; a file that it can't load is found when it is asked.
+        """
+        return [self._own_tokens_check()] if self._carried else []
 
     # ---------------------------------------------------------------- what it says
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        return llama_cpp.tokenize(self.path, texts)
+        return self._carried.cut(texts) if self._carried else llama_cpp.tokenize(self.path, texts)
 
     def log_probs(self, asked: Sequence[Asked]) -> list[LogProbs]:
         ids, start = [one.ids for one in asked], [one.start for one in asked]
@@ -153,7 +161,30 @@ class GGUFFile:
         field = self._reader.fields.get(key)
         return None if field is None else field.contents()
 
+    @cached_property
+    def _carried(self) -> Carried | None:
+        content = self._value(CARRIED)
+        return Carried(content, self._rows("token_embd.weight"), str(self.path)) if content else None
+
     # ---------------------------------------------------------------- checks
+
+    def _own_tokens_check(self) -> Check:
+        """llama.cpp's own tokenizer does with each text what whet's notes are about, and nothing else."""
+        texts = texts_to_tokenize(self.reference)
+        told = llama_cpp_cut(read_tokenizer(self.made_from, self._rows("token_embd.weight")), texts)
+        try:
+            found = llama_cpp.tokenize(self.path, texts)
+        except WhetError as error:
+            return Check(OWN_TOKENS, False, error.what)
+        if wrong := sum(one != other for one, other in zip(found, told, strict=True)):
+            return Check(OWN_TOKENS, False, f"{wrong} of {len(texts)} texts become tokens that no note tells of")
+        other = [one != own for one, own in zip(found, self.tokenize(texts), strict=True)]
+        prompts = sum(other[: len(self.reference.texts)])
+        what = (
+            f"{prompts} of {len(self.reference.texts)} prompts and {sum(other) - prompts} other texts become other "
+            "tokens where a server leaves it to llama.cpp, as the notes say; whet serve does not"
+        )
+        return Check(OWN_TOKENS, True, what)
 
     def _types_check(self) -> Check:
         """The file's type, and each tensor's, are those that the quantization asks for."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from whet.errors import WhetError
+from whet.export.gguf_tokenizer.carried import Carried
 from whet.serve.engines.llama_cpp.process import Message, NodeProcess
 from whet.serve.engines.llama_cpp.schema import ANY_OBJECT, translated
 from whet.serve.engines.messages import check_ids, plain
@@ -46,7 +47,7 @@ class LlamaCppEngine:
     """A GGUF file in llama.cpp, on the CPU. A process that dies is started again by the next request.
 
     Log-probabilities are of the distribution that tokens are drawn from: the model's own at temperature 1 without
-    filters, biases and penalties. A token's bytes are given where they are whole characters.
+    filters, biases and penalties. Text is cut by the tokenizer.json in the file, where there is one, else by llama.cpp.
     """
 
     def __init__(self, gguf: str | Path, *, name: str | None = None, settings: Settings | None = None):
@@ -58,6 +59,7 @@ class LlamaCppEngine:
         self._starting = asyncio.Lock()
         self._stopped = False
         self._model: Message = {}
+        self._carried: Carried | None = None
 
     async def start(self) -> None:
         """Raises WhetError for a file that is missing or that llama.cpp can't load."""
@@ -115,14 +117,23 @@ class LlamaCppEngine:
                         raise
                     raise EngineDown(f"llama.cpp can't be started again: {error.what}") from error
                 self._model = self._node.ready
+                try:
+                    self._carried = self._read_tokenizer()
+                except WhetError:
+                    await self._node.stop()
+                    raise
             return self._node
+
+    def _read_tokenizer(self) -> Carried | None:
+        content = self._model.pop("tokenizer")
+        return Carried(content, self._model["vocabulary"], str(self._gguf)) if content else None
 
     def _order(self, request: Request) -> Message:
         sampling = request.sampling
         schema = sampling.schema
         return {
             "prompt": self._prompt(request),
-            "bos": request.messages is None,
+            "bos": isinstance(request.prompt, str),
             "special": bool(request.tools),
             "maxTokens": sampling.max_tokens,
             "sampling": self._sampling(sampling),
@@ -144,10 +155,9 @@ class LlamaCppEngine:
         }
 
     def _prompt(self, request: Request) -> str | list[int]:
-        if request.messages is not None:
-            return self._rendered(request)
-        if isinstance(request.prompt, str):
-            return request.prompt
+        if request.messages is not None or isinstance(request.prompt, str):
+            text = self._rendered(request) if request.messages is not None else str(request.prompt)
+            return self._carried.cut([text])[0] if self._carried else text
         return check_ids(request.prompt or (), self._model["vocabulary"], "prompt")
 
     def _rendered(self, request: Request) -> str:
@@ -203,6 +213,7 @@ async def _pieces(messages: asyncio.Queue[Message | EngineDown], request: Reques
 
 
 def _named(entry: Message) -> TokenLogprob:
-    text = str(entry["text"])
-    raw = b"" if "\ufffd" in text else text.encode()
-    return TokenLogprob(text, raw, entry["logprob"], tuple(_named(other) for other in entry.get("top", ())))
+    raw = bytes(entry["bytes"])
+    return TokenLogprob(
+        raw.decode(errors="replace"), raw, entry["logprob"], tuple(_named(other) for other in entry.get("top", ()))
+    )

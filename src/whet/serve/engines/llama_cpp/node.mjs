@@ -2,16 +2,15 @@
 //
 // argv[2]: {packages, gguf, sequences, context, threads}.
 // In:  {generate: id, prompt: text | ids, bos, special, maxTokens, sampling, logprobs, schema}, {cancel: id}.
-// Out: {ready: {context, vocabulary, template, bos, eos}}, then by id:
-//      {id, text, prompt, entry?: {text, logprob, top}} for each token, then one of
+// Out: {ready: {context, vocabulary, template, bos, eos, tokenizer}}, then by id:
+//      {id, text, prompt, entry?: {bytes, logprob, top}} for each token, then one of
 //      {id, end: "stop" | "length", text, prompt, drawn}, {id, refused}, {id, failed}.
 // Text is whole characters. Sequences that have a token to draw are decoded in one batch.
 
 import {createInterface} from "node:readline";
 import {startLlama} from "../../../export/node_llama_cpp.mjs";
+import {Detokenizer, Pieces} from "../../../export/node_pieces.mjs";
 
-const REPLACED = "\ufffd"; // what an unfinished character is told as
-const KEPT = 8; // tokens before the new ones, by which llama.cpp knows whether a space comes first
 const settings = JSON.parse(process.argv[2]);
 const {library, llama, contextOptions} = await startLlama(settings);
 const {TokenBias, LlamaGrammarEvaluationState} = library;
@@ -21,6 +20,7 @@ const context = await model.createContext({
     sequences: settings.sequences,
     ...contextOptions
 });
+const pieces = new Pieces(model);
 const free = Array.from({length: settings.sequences}, () => context.getSequence());
 const longest = free[0].contextSize;
 const waiting = [];
@@ -32,9 +32,7 @@ function send(message) {
 }
 
 function promptTokens(order) {
-    if (typeof order.prompt !== "string")
-        return order.prompt;
-    const tokens = model.tokenize(order.prompt, true);
+    const tokens = typeof order.prompt === "string" ? model.tokenize(order.prompt, true) : order.prompt;
     const begins = order.bos && model.tokens.shouldPrependBosToken && tokens[0] !== model.tokens.bos;
     return begins ? [model.tokens.bos, ...tokens] : tokens;
 }
@@ -65,7 +63,7 @@ async function options(order, drawn) {
 }
 
 function named(probabilities, token, most) {
-    const entry = ([id, probability]) => ({text: model.detokenize([id], true), logprob: Math.log(probability)});
+    const entry = ([id, probability]) => ({bytes: [...pieces.bytes(id, true)], logprob: Math.log(probability)});
     const top = [];
     for (const pair of probabilities) {
         if (top.length >= most)
@@ -99,15 +97,8 @@ async function answer(order, sequence) {
     }
     const most = Math.min(order.maxTokens, room);
     const drawn = [];
-    let before = [], pending = [], count = 0, end = "length", whole = "";
-    const settle = (atEnd) => {
-        const text = model.detokenize(pending, order.special, before);
-        if (text.endsWith(REPLACED) && !atEnd)
-            return "";
-        before = [...before, ...pending].slice(-KEPT);
-        pending = [];
-        return text;
-    };
+    const detokenizer = new Detokenizer(pieces, order.special);
+    let count = 0, end = "length", whole = "";
     const asked = {probabilities: order.logprobs != null};
     const how = await options(order, drawn);
     for await (const {token, probabilities} of sequence.evaluateWithMetadata(prompt, asked, how)) {
@@ -119,9 +110,8 @@ async function answer(order, sequence) {
             break;
         }
         drawn.push(token);
-        pending.push(token);
         const entry = order.logprobs != null ? {entry: named(probabilities, token, order.logprobs)} : {};
-        let text = settle(false);
+        let text = detokenizer.push(token);
         whole += text;
         const finished = order.schema != null && isFollowedBySpace(whole);
         if (finished)
@@ -134,7 +124,7 @@ async function answer(order, sequence) {
         if (count >= most)
             break;
     }
-    send({id, end, text: pending.length ? settle(true) : "", prompt: prompt.length, drawn: count});
+    send({id, end, text: detokenizer.end(), prompt: prompt.length, drawn: count});
 }
 
 async function run(order, sequence) {
@@ -160,7 +150,8 @@ send({
         vocabulary: [...model.iterateAllTokens()].length,
         template: model.fileInfo.metadata.tokenizer?.chat_template ?? null,
         bos: model.tokens.bosString,
-        eos: model.tokens.eosString
+        eos: model.tokens.eosString,
+        tokenizer: model.fileInfo.metadata.tokenizer?.huggingface?.json ?? null
     }
 });
 
