@@ -142,6 +142,17 @@ def test_bf16_is_no_further_off_than_plain_torch() -> None:
         assert (ours - truth).norm() <= 1.05 * (plains - truth).norm()
 
 
+@pytest.mark.parametrize(("N", "V", "D"), [(64, 501, 32), (600, 33, 64)])
+def test_what_lay_in_memory_before_counts_for_nothing(N: int, V: int, D: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches products that read the logits buffer beyond its columns, as oneDNN's do on some CPUs."""
+    x = inputs(N, V, D, torch.bfloat16)
+    expected = linear_log_probs(x["h"], x["weight"], x["labels"])
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *shape, **how: self.new_full(shape, torch.nan, **how))
+    found = linear_log_probs(x["h"], x["weight"], x["labels"])
+    assert found.dh_ND is not None
+    assert torch.equal(found.dh_ND, expected.dh_ND)
+
+
 def test_the_first_of_equal_logits_counts() -> None:
     """Catches ties that count for each of the equal tokens: accuracy would then exceed that of argmax."""
     logits = torch.tensor([[1.0, 5.0, 5.0, 0.0]]).repeat(4, 1)

@@ -395,6 +395,9 @@ def linear_log_probs(
         stride = -(-V // ALIGNED) * ALIGNED
         rows = chunk_rows(N, stride * h_ND.element_size(), chunk_bytes)
         buffer = h_ND.new_empty(rows, stride)
+        if not fused(h_ND):
+            # oneDNN's product in bf16 on AMX reads on to the row's stride, and times zero is no help against NaN there
+            buffer[:, V:] = 0
         for i in range(0, N, rows):
             part = slice(i, min(i + rows, N))
             logits_nV = buffer[: part.stop - i, :V]
