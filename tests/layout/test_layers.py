@@ -198,7 +198,7 @@ def text_files() -> Iterator[Path]:
     """The project's own text files: all but hidden folders, caches and what runs leave behind."""
     ignored = {line.strip("/\n") for line in (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()}
     for path in sorted(ROOT.iterdir()):
-        if path.name in ignored or (path.name.startswith(".") and path.is_dir()):
+        if path.name in ignored | {".git"} or (path.name.startswith(".") and path.is_dir()):
             continue
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file.is_file() and file.suffix in TEXT and not ignored & set(file.relative_to(ROOT).parts):

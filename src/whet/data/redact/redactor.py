@@ -2,7 +2,7 @@
 
 Passes go on until the finder sees nothing that is not a replacement: what one replacement uncovers, the next pass
 finds. So a redacted row, redacted again, is itself. What was found at one place of a row also goes at the places where
-the finder had no label to go by.
+the finder had no label to go by, and at those that a replacement beside them sets free later.
 """
 
 from __future__ import annotations
@@ -94,8 +94,9 @@ class Redactor:
         texts, counts, originals = list(texts), Counter[str](), dict[str, str]()
         before = [_label(label) for label in labels or [None] * len(texts)]
         known = [replaced(text) for text in texts]
+        values: dict[str, Edit] = {}
         for _ in range(PASSES):
-            edits = self._edits(texts, known, before)
+            edits = self._edits(texts, known, before, values)
             counts.update(edit.entity for part in edits for edit in part)
             if not self._drops.isdisjoint(counts):
                 return RedactedRow([], dict(sorted(counts.items())), dropped=True)
@@ -131,18 +132,22 @@ class Redactor:
         after, _ = _edited(text, edits)
         return edits, after, replaced(after)
 
-    def _edits(self, texts: Sequence[str], known: Sequence[Places], before: Sequence[str]) -> list[list[Edit]]:
-        """What one pass replaces, for each text. known: where replacements stand already. before: see `row`."""
+    def _edits(
+        self, texts: Sequence[str], known: Sequence[Places], before: Sequence[str], values: dict[str, Edit]
+    ) -> list[list[Edit]]:
+        """What one pass replaces, for each text.
+
+        known: where replacements stand already. before: see `row`. values: those of the passes before; this one's are
+        added.
+        """
         found = self._find(texts, known, before)
-        if not any(found):
-            return [[] for _ in texts]
         edits = [list(self._found(*each)) for each in zip(texts, found, known, strict=True)]
-        values = {
-            text[edit.start : edit.end]: edit
+        values.update(
+            (text[edit.start : edit.end], edit)
             for text, part in zip(texts, edits, strict=True)
             for edit in part
             if edit.end - edit.start >= REPEATED_FROM
-        }
+        )
         if not values:
             return edits
         longest_first = [(value, values[value]) for value in sorted(values, key=len, reverse=True)]
