@@ -350,8 +350,10 @@ def test_a_form_that_comes_again_is_tuned_by_its_first_product(tmp_path: Path, m
 
 
 @hopper
-def test_tuning_of_e4m3() -> None:
+def test_tuning_of_e4m3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches an algorithm that takes other scales."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cublaslt, "_tuned", {})
     x8, x_scale = quantize_rows(normal(1024, 1024))
     w8, w_scale = quantize_rows(normal(2048, 1024, seed=1))
     out = normal(1024, 2048)

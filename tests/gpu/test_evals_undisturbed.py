@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
+from torch import nn
 from transformers import TrainerCallback
 
 from whet import FastLanguageModel, SFTConfig, SFTTrainer
@@ -35,8 +37,23 @@ class Evaluates(TrainerCallback):
         del junk
 
 
-def trained(folder: Path, *, evaluate: bool) -> tuple[list[float], int]:
-    """The losses of each step, and how many times a pass was recorded."""
+@dataclass(frozen=True)
+class Trained:
+    """losses: of each step. captures: how many times a pass was recorded. sums: of the base's bytes, before and after
+    training, by name."""
+
+    losses: list[float]
+    captures: int
+    before: dict[str, int]
+    after: dict[str, int]
+
+
+def sums(model: nn.Module) -> dict[str, int]:
+    frozen = {name: x for name, x in model.named_parameters() if not x.requires_grad} | dict(model.named_buffers())
+    return {name: int(x.detach().reshape(-1).view(torch.uint8).long().sum()) for name, x in frozen.items()}
+
+
+def trained(folder: Path, *, evaluate: bool) -> Trained:
     model, tokenizer = FastLanguageModel.from_pretrained("builtin:tiny", max_seq_length=LENGTH, load_in_4bit=True)
     model = FastLanguageModel.get_peft_model(model, r=8)
     shared = fused.shared_of(model)
@@ -54,15 +71,18 @@ def trained(folder: Path, *, evaluate: bool) -> tuple[list[float], int]:
         processing_class=tokenizer,
         callbacks=[Evaluates(InMemory(model, tokenizer))] if evaluate else [],
     )  # fmt: skip
+    before = sums(model)
     trainer.train()
     assert trainer._passes is not None
-    return [line["loss"] for line in trainer.state.log_history if "loss" in line], trainer._passes.captures
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    return Trained(losses, trainer._passes.captures, before, sums(model))
 
 
 def test_a_recorded_pass_does_not_notice_an_evaluation(tmp_path: Path) -> None:
     """Catches held weights that an evaluation lets go, whose memory the graph reads; and a graph recorded anew."""
-    plain, captures = trained(tmp_path, evaluate=False)
-    evaluated, again = trained(tmp_path, evaluate=True)
-    assert captures == again == 1
-    assert len(plain) == 8
-    assert evaluated == pytest.approx(plain, rel=1e-4)
+    plain = trained(tmp_path, evaluate=False)
+    evaluated = trained(tmp_path, evaluate=True)
+    assert plain.before == evaluated.before == plain.after == evaluated.after, "the base is not what was loaded"
+    assert plain.captures == evaluated.captures == 1
+    assert len(plain.losses) == 8
+    assert evaluated.losses == pytest.approx(plain.losses, rel=1e-4)
