@@ -162,7 +162,8 @@ def test_evaluation_between_passes_changes_nothing(tmp_path: Path, monkeypatch: 
 def test_a_pass_that_can_t_be_recorded_runs_as_it_is_and_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A wait for the GPU within the pass. Catches a failure that ends training, or leaves random numbers unusable."""
+    """A wait for the GPU within the pass. Catches a failure that ends training, or leaves random numbers unusable,
+    or all further work of this thread on the recording's stream."""
     trainer = trainer_on(tmp_path, FULL_ROWS)
     monkeypatch.setattr(sft, "obstacle", lambda model: None)
     trainer.model.get_base_model().model.norm.register_forward_hook(
@@ -171,6 +172,7 @@ def test_a_pass_that_can_t_be_recorded_runs_as_it_is_and_says_so(
     with caplog.at_level(logging.WARNING):
         losses, captures = trained(trainer)
     assert captures == 0
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert "could not be recorded" in caplog.text
     assert losses[-1] < losses[0]
     torch.rand(3, device="cuda")

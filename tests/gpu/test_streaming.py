@@ -87,6 +87,15 @@ def test_a_model_in_many_files_is_the_same_either_way(
     assert [name for name, x in found.items() if not same(x, expected[name])] == []
 
 
+def test_a_model_loaded_on_a_busy_stream_is_the_same(sharded: Path) -> None:
+    """Catches bitsandbytes' quantization, which goes to the default stream, of weights that are not there yet."""
+    expected = state(load(str(sharded), precision="nf4")[0])
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(5 * LONG)
+        found = state(load(str(sharded), precision="nf4")[0])
+        assert [name for name, x in found.items() if not same(x, expected[name])] == []
+
+
 @pytest.mark.parametrize("place", ["cuda", "cuda:0", 0, DEVICE])
 def test_one_gpu_may_be_named_in_any_way(place: Any, sharded: Path) -> None:
     model, _ = load(str(sharded), precision="16bit", device_map={"": place})

@@ -25,6 +25,7 @@ from transformers import (
 from transformers.modeling_utils import PreTrainedModel
 
 from whet.errors import WhetError
+from whet.kernels.streams import on_default_stream
 from whet.models import attention
 from whet.models.fused import fuse
 from whet.models.streaming import streamed
@@ -135,21 +136,22 @@ def load(
     tokenizer = _tokenizer(name, config, **origin)
     if num_labels is not None:
         config.num_labels = num_labels
-    model, loaded = _from_hub(
-        name,
-        streamed(auto_model).from_pretrained,
-        folder,
-        config=config,
-        dtype=dtype,
-        quantization_config=_quantization(config, precision, dtype),
-        device_map=device_map if device_map is not None else {"": 0 if torch.cuda.is_available() else "cpu"},
-        use_safetensors=True,
-        attn_implementation=attn_implementation,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # refused below, by name
-        **origin,
-        **model_kwargs,
-    )
+    with on_default_stream(torch.device("cuda", i) for i in range(torch.cuda.device_count())):
+        model, loaded = _from_hub(
+            name,
+            streamed(auto_model).from_pretrained,
+            folder,
+            config=config,
+            dtype=dtype,
+            quantization_config=_quantization(config, precision, dtype),
+            device_map=device_map if device_map is not None else {"": 0 if torch.cuda.is_available() else "cpu"},
+            use_safetensors=True,
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            **origin,
+            **model_kwargs,
+        )
     _check_weights(name, loaded)
     _keep_nf4_layout(model)
     if attn_implementation is None and getattr(model, "_supports_attention_backend", False):

@@ -21,8 +21,7 @@ Sources: Dettmers et al. 2022, arXiv:2110.02861 (8-bit moments); Zamirai et al. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +30,7 @@ from torch import Tensor
 
 from whet.kernels.adamw_8bit import DTYPES, CodeMap, Entry, Tables, Update, adamw_8bit, alignment
 from whet.kernels.stochastic_round import BLOCK, stochastic_round
+from whet.kernels.streams import on_default_stream
 
 NAMES = ("adamw_8bit", "adamw_bnb_8bit")  # by which transformers' arguments ask for it
 
@@ -137,7 +137,7 @@ class AdamW8bit(AdamW):
         known += [Tables() for _ in range(len(launches) - len(known))]
         for (launch, entries), tables in zip(launches.items(), known, strict=False):
             adamw_8bit(entries, launch.maps, launch.update, tables)
-        with _on_default_stream({one.parameter.device for one in alone}):
+        with on_default_stream({one.parameter.device for one in alone}):
             for one in alone:
                 self._update_alone(one)
         return loss
@@ -238,17 +238,3 @@ def _update(config: dict[str, Any], step: int, seed: int | None) -> Update:
 def _seed(group: dict[str, Any], p: Tensor) -> int | None:
     """That of p's stochastic rounding; None where p isn't rounded at random."""
     return group["rounding_seed"] if p.dtype == torch.bfloat16 else None
-
-
-@contextmanager
-def _on_default_stream(devices: set[torch.device]) -> Iterator[None]:
-    """Work on the default stream of GPUs, where bitsandbytes launches its updates whatever the current stream is."""
-    pairs = [(torch.cuda.current_stream(d), torch.cuda.default_stream(d)) for d in devices if d.type == "cuda"]
-    pairs = [(current, default) for current, default in pairs if current != default]
-    with ExitStack() as stack:
-        for current, default in pairs:
-            default.wait_stream(current)
-            stack.enter_context(torch.cuda.stream(default))
-        yield
-    for current, default in pairs:
-        current.wait_stream(default)

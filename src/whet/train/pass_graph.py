@@ -176,13 +176,14 @@ class PassGraph:
         # cuBLAS has work space for each stream: what passes on the usual one took is not needed beside the recording's
         torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             # other threads, such as one that pins the next batches, go on meanwhile
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._found = self.step(self._batch)
                 self.shared.settle()
         except (RuntimeError, NotImplementedError) as error:
+            torch.cuda.set_stream(stream)  # a recording that fails leaves this thread on its own
             generator.graphsafe_set_state(own)
             self.shared.forget()
             self.allowed, self._batch, self._found, self._gradients = False, {}, {}, []
