@@ -158,6 +158,17 @@ def imatrix_row(line: Line, lines: list[Line]) -> list[str]:
     return [line["quantization"], *both, same, f"{line['tokens']:,}", *where(line)]
 
 
+def gguf_tokenizers_row(line: Line, lines: list[Line]) -> list[str]:
+    return [
+        line["family"],
+        f"{line['alone']:,}",
+        f"{line['untold']:,}",
+        f"{line['served']:,}",
+        f"{line['again']:,}",
+        *where(line),
+    ]
+
+
 def merge_row(line: Line, lines: list[Line]) -> list[str]:
     return [
         line["to"],
@@ -323,6 +334,17 @@ KINDS: dict[str, tuple[list[str], Row]] = {
             *ORIGIN,
         ],
         finetune_row,
+    ),
+    "gguf_tokenizers": (
+        [
+            "tokenizer",
+            "other tokens in llama.cpp alone",
+            "of those whet does not tell of",
+            "other tokens through whet",
+            "other text again",
+            *ORIGIN,
+        ],
+        gguf_tokenizers_row,
     ),
     "quickstart": (
         [
