@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from whet.kernels.streams import on_default_stream
+from whet.kernels._streams import on_default_stream
 
 
 class Stream:

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.modeling_utils import PreTrainedModel
 
 from whet.errors import WhetError
-from whet.kernels.streams import on_default_stream
+from whet.kernels._streams import on_default_stream
 from whet.models import attention
 from whet.models.fused import fuse
 from whet.models.streaming import streamed

@@ -28,9 +28,9 @@ import torch
 from bitsandbytes.optim import AdamW
 from torch import Tensor
 
+from whet.kernels._streams import on_default_stream
 from whet.kernels.adamw_8bit import DTYPES, CodeMap, Entry, Tables, Update, adamw_8bit, alignment
 from whet.kernels.stochastic_round import BLOCK, stochastic_round
-from whet.kernels.streams import on_default_stream
 
 NAMES = ("adamw_8bit", "adamw_bnb_8bit")  # by which transformers' arguments ask for it
 
