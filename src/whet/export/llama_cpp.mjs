@@ -1,6 +1,6 @@
 // Runs GGUF files in llama.cpp through node-llama-cpp, for llama_cpp.py: JSON request on stdin, JSON reply on stdout.
 //
-// Request: {packages, threads} and one of               Reply:
+// Request: {packages, threads} and one or more of       Reply:
 //   {tokenize: [{gguf, texts: [text]}]}                   {tokens: [[[id]]]}
 //   {detokenize: [{gguf, tokens: [[id]]}]}                {texts: [[text]]}
 //   {gguf, generate: [text | ids], maxNewTokens}          {generations: [{promptTokenIds, tokenIds, text, stopped}]}
@@ -127,6 +127,10 @@ function writeRow(file, rowStart, index, vocabulary, logits) {
 }
 
 const tasks = {tokenize: tokenizeAll, detokenize: detokenizeAll, logits: readLogits, generate: generateAll};
-const [, answer] = Object.entries(tasks).find(([name]) => request[name] != null);
+const reply = {};
+for (const [name, task] of Object.entries(tasks)) {
+    if (request[name] != null)
+        Object.assign(reply, await task(request));
+}
 // A pipe takes a long reply piece by piece; after the last, llama.cpp's threads would hold the process.
-process.stdout.write(JSON.stringify(await answer(request)), () => process.exit(0));
+process.stdout.write(JSON.stringify(reply), () => process.exit(0));

@@ -56,6 +56,15 @@ class Reading:
     adapter: Path | None = None
 
 
+@dataclass(frozen=True)
+class Said:
+    """What `ask` gives: the tokens of each text, the logits of each sequence, and the answer to each prompt."""
+
+    tokens: list[list[int]]
+    logits: list[NDArray[np.float32]]
+    generations: list[Generation]
+
+
 def default_folder() -> Path:
     """Where the packages live: the environment variable WHET_NODE, else `.node` in the current folder."""
     return Path(os.environ.get("WHET_NODE") or ".node").absolute()
@@ -161,10 +170,7 @@ def generate(
     if not prompts:
         return []
     request = {"gguf": _existing(gguf), "generate": list(prompts), "maxNewTokens": max_new_tokens, "threads": threads}
-    return [
-        Generation(g["promptTokenIds"], g["tokenIds"], g["text"], g["stopped"])
-        for g in _run(request, timeout)["generations"]
-    ]
+    return _generations(_run(request, timeout))
 
 
 def logits(
@@ -202,20 +208,55 @@ def read_logits(
     if not readings:
         return []
     with tempfile.TemporaryDirectory(prefix="whet-") as scratch:
-        out = Path(scratch) / "logits"
-        wanted = [
-            {
-                "gguf": _existing(r.gguf),
-                "adapter": r.adapter and _existing(r.adapter),
-                "tokens": [int(token) for token in r.tokens],
-                "start": r.start,
-            }
-            for r in readings
-        ]
-        reply = _run({"logits": wanted, "out": str(out), "threads": threads}, timeout)
-        shapes = [(len(r.tokens) - r.start, size) for r, size in zip(readings, reply["vocabularies"], strict=True)]
-        with open(out, "rb") as file:
-            return [np.fromfile(file, np.float32, rows * columns).reshape(rows, columns) for rows, columns in shapes]
+        request = _to_read(readings, Path(scratch))
+        return _rows_read(readings, request, _run({**request, "threads": threads}, timeout))
+
+
+def ask(
+    gguf: Path,
+    *,
+    texts: Sequence[str],
+    readings: Sequence[Reading],
+    prompts: Sequence[list[int]] = (),
+    max_new_tokens: int = 1,
+    threads: int | None = None,
+    timeout: float = 600,
+) -> Said:
+    """`tokenize`, `read_logits` and `generate`, each as it is, in that order, by one process. Raises what they do."""
+    with tempfile.TemporaryDirectory(prefix="whet-") as scratch:
+        request = _to_read(readings, Path(scratch))
+        request |= {"tokenize": [{"gguf": _existing(gguf), "texts": list(texts)}], "threads": threads}
+        if prompts:
+            request |= {"gguf": _existing(gguf), "generate": list(prompts), "maxNewTokens": max_new_tokens}
+        reply = _run(request, timeout)
+        rows = _rows_read(readings, request, reply)
+    return Said(reply["tokens"][0], rows, _generations(reply) if prompts else [])
+
+
+def _to_read(readings: Sequence[Reading], scratch: Path) -> dict[str, Any]:
+    """The part of a request that asks for these logits, in a file in `scratch`."""
+    wanted = [
+        {
+            "gguf": _existing(r.gguf),
+            "adapter": r.adapter and _existing(r.adapter),
+            "tokens": [int(token) for token in r.tokens],
+            "start": r.start,
+        }
+        for r in readings
+    ]
+    return {"logits": wanted, "out": str(scratch / "logits")}
+
+
+def _rows_read(
+    readings: Sequence[Reading], request: dict[str, Any], reply: dict[str, Any]
+) -> list[NDArray[np.float32]]:
+    shapes = [(len(r.tokens) - r.start, size) for r, size in zip(readings, reply["vocabularies"], strict=True)]
+    with open(request["out"], "rb") as file:
+        return [np.fromfile(file, np.float32, rows * columns).reshape(rows, columns) for rows, columns in shapes]
+
+
+def _generations(reply: dict[str, Any]) -> list[Generation]:
+    return [Generation(g["promptTokenIds"], g["tokenIds"], g["text"], g["stopped"]) for g in reply["generations"]]
 
 
 def log_probabilities(
@@ -227,10 +268,11 @@ def log_probabilities(
     timeout: float = 600,
 ) -> list[NDArray[np.float32]]:
     """The natural logarithm of the probability of every next token, as `logits` gives them."""
-    return [_log_softmax(rows) for rows in logits(gguf, sequences, start=start, threads=threads, timeout=timeout)]
+    return [log_softmax(rows) for rows in logits(gguf, sequences, start=start, threads=threads, timeout=timeout)]
 
 
-def _log_softmax(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+def log_softmax(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Over the last of two dimensions, in fp32."""
     shifted = rows - rows.max(axis=1, keepdims=True)
     result: NDArray[np.float32] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return result

@@ -92,7 +92,7 @@ function byteLevel(text) {
 
 // Whether the blank that a text begins with is the tokenizer's, and no part of it.
 function stripsStart({ggml, huggingface}) {
-    if (huggingface?.json == null)
+    if (!huggingface?.json)
         return ggml.model === "llama" && (ggml.add_space_prefix ?? true);
     const decoder = JSON.parse(huggingface.json).decoder;
     return (decoder?.decoders ?? [decoder]).some(

@@ -21,8 +21,10 @@ from torch.nn.functional import embedding, linear
 
 from whet.export import llama_cpp
 from whet.export.gguf_architectures import Architecture, SourceTensor, architecture_of
+from whet.export.gguf_tokenizer import read_tokenizer
+from whet.export.gguf_tokenizer.carried import Carried
 from whet.export.llama_cpp import Reading
-from whet.export.proof.behaviour import Answer
+from whet.export.proof.behaviour import Answer, texts_to_tokenize
 from whet.export.proof.checks import Check
 from whet.export.proof.gguf_file import TIMEOUT, GGUFFile, whole_check
 from whet.export.proof.reference import Asked, LogProbs, Reference
@@ -40,7 +42,6 @@ class AdapterFile:
     def __init__(self, path: Path, reference: Reference, base: Path, base_folder: Path, *, threads: int | None = None):
         self.path, self.reference, self.base, self.base_folder = path, reference, base, base_folder
         self.threads = threads
-        self._rows: list[LogProbs] = []
 
     def static_checks(self) -> list[Check]:
         """File, metadata, and that each adapted layer has both its halves: all that can be told without running it."""
@@ -55,12 +56,12 @@ class AdapterFile:
     # ---------------------------------------------------------------- what it says
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        return GGUFFile(self.base, self.format, self.reference, self.base_folder).tokenize(texts)
+        carried = read_tokenizer(self.base_folder, self._architecture.config.vocab).carried
+        if carried is None:
+            return self._said.tokens
+        return Carried(carried, self._architecture.config.vocab, str(self.base)).cut(texts)
 
     def log_probs(self, asked: Sequence[Asked]) -> list[LogProbs]:
-        readings = [Reading(self.base, one.ids, one.start, self.path) for one in asked]
-        logits = llama_cpp.read_logits(readings, threads=self.threads, timeout=TIMEOUT)
-        self._rows = [torch.from_numpy(rows).log_softmax(-1).numpy() for rows in logits]
         return self._rows
 
     def answers(self, asked: Sequence[Asked]) -> list[Answer]:
@@ -68,8 +69,17 @@ class AdapterFile:
 
         The rows after the prompt and after each token of the reference's answer say what would have come next there.
         """
-        rows = self._rows or self.log_probs(asked)
-        return [followed(one, found, self.reference.ends) for one, found in zip(asked, rows, strict=True)]
+        return [followed(one, found, self.reference.ends) for one, found in zip(asked, self._rows, strict=True)]
+
+    @cached_property
+    def _said(self) -> llama_cpp.Said:
+        readings = [Reading(self.base, one.ids, one.start, self.path) for one in self.reference.asked]
+        texts = texts_to_tokenize(self.reference)
+        return llama_cpp.ask(self.base, texts=texts, readings=readings, threads=self.threads, timeout=TIMEOUT)
+
+    @cached_property
+    def _rows(self) -> list[LogProbs]:
+        return [llama_cpp.log_softmax(rows) for rows in self._said.logits]
 
     def layer(self, name: str, x: Tensor) -> Tensor:
         """The outputs of the layer `name` with the file's adapter on it, in transformers' order of rows."""

@@ -87,16 +87,27 @@ class GGUFFile:
     # ---------------------------------------------------------------- what it says
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._carried.cut(texts) if self._carried else llama_cpp.tokenize(self.path, texts)
+        return self._carried.cut(texts) if self._carried else self._said.tokens
 
     def log_probs(self, asked: Sequence[Asked]) -> list[LogProbs]:
-        ids, start = [one.ids for one in asked], [one.start for one in asked]
-        return llama_cpp.log_probabilities(self.path, ids, start=start, threads=self.threads, timeout=TIMEOUT)
+        return [llama_cpp.log_softmax(rows) for rows in self._said.logits]
 
     def answers(self, asked: Sequence[Asked]) -> list[Answer]:
-        prompts = [one.prompt for one in asked]
-        found = llama_cpp.generate(self.path, prompts, max_new_tokens=ANSWER, threads=self.threads, timeout=TIMEOUT)
-        return [Answer(one.token_ids, one.stopped) for one in found]
+        return [Answer(one.token_ids, one.stopped) for one in self._said.generations]
+
+    @cached_property
+    def _said(self) -> llama_cpp.Said:
+        """All that llama.cpp is asked, at once: the file is loaded by one process."""
+        asked = self.reference.asked
+        return llama_cpp.ask(
+            self.path,
+            texts=texts_to_tokenize(self.reference),
+            readings=[llama_cpp.Reading(self.path, one.ids, one.start) for one in asked],
+            prompts=[one.prompt for one in asked],
+            max_new_tokens=ANSWER,
+            threads=self.threads,
+            timeout=TIMEOUT,
+        )
 
     def layer(self, name: str, x: Tensor) -> Tensor:
         """The outputs of the layer that transformers calls `name`, in its order of rows, for inputs x."""
@@ -173,7 +184,7 @@ class GGUFFile:
         texts = texts_to_tokenize(self.reference)
         told = llama_cpp_cut(read_tokenizer(self.made_from, self._rows("token_embd.weight")), texts)
         try:
-            found = llama_cpp.tokenize(self.path, texts)
+            found = self._said.tokens
         except WhetError as error:
             return Check(OWN_TOKENS, False, error.what)
         if wrong := sum(one != other for one, other in zip(found, told, strict=True)):
