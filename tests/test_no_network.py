@@ -73,12 +73,12 @@ def test_the_quickstart_opens_no_socket(spied: Spied, tmp_path: Path, llama_cpp:
     that goes through each of its steps."""
     data = tmp_path / "build" / "quickstart"
     assert "held-out rows of 16 packages" in spied("-m", "quickstart.make_data", data)
-    for side, rows in (("train", 64), ("heldout", 8)):
+    for side, rows in (("train", 64), ("heldout", 4)):
         lines = (data / f"{side}.jsonl").read_text().splitlines(keepends=True)
         (data / f"{side}.jsonl").write_text("".join(lines[:rows]))
     recipe = yaml.safe_load((ROOT / "recipes" / "quickstart.yaml").read_text())
     recipe["train"]["max_steps"] = 2
-    recipe["eval"]["limit"] = 8
+    recipe["eval"]["limit"] = 4
     recipe["export"]["gguf"] = ["q8_0"]  # the proof of a second file asks nobody else
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "quickstart.yaml").write_text(yaml.safe_dump(recipe))
@@ -89,7 +89,7 @@ def test_the_quickstart_opens_no_socket(spied: Spied, tmp_path: Path, llama_cpp:
     # 1: after two steps the answers are no more than guesses, and 8-bit weights guess otherwise
     assert "q8_0" in spied("-m", "quickstart.answers", run, codes=(0, 1))
     answers = [json.loads(line) for line in (run / "llama_cpp.jsonl").read_text().splitlines()]
-    assert len(answers) == 8
+    assert len(answers) == 4
     assert spied.sockets() == ""
 
 
