@@ -159,14 +159,8 @@ def imatrix_row(line: Line, lines: list[Line]) -> list[str]:
 
 
 def gguf_tokenizers_row(line: Line, lines: list[Line]) -> list[str]:
-    return [
-        line["family"],
-        f"{line['alone']:,}",
-        f"{line['untold']:,}",
-        f"{line['served']:,}",
-        f"{line['again']:,}",
-        *where(line),
-    ]
+    counts = (f"{line[name]:,}" for name in ("alone", "untold", "served", "again"))
+    return [line["family"], *counts, *where(line)]
 
 
 def merge_row(line: Line, lines: list[Line]) -> list[str]:

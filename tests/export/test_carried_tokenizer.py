@@ -72,3 +72,10 @@ def test_a_lost_tokenizer_is_a_fault(tuned: Tuned, tmp_path: Path) -> None:
     lost = rewritten(tuned.gguf(), tmp_path / "lost.gguf", {KEY: ""})
     (check,) = proof(tuned, lost).failed
     assert check.name == "tokens"
+
+
+def test_a_damaged_tokenizer_is_a_fault(tuned: Tuned, tmp_path: Path) -> None:
+    """Catches a proof that ends in an error where it should have failed."""
+    damaged = rewritten(tuned.gguf(), tmp_path / "damaged.gguf", {KEY: "{}"})
+    (check,) = proof(tuned, damaged).failed
+    assert f"{KEY} in the file is no tokenizer" in check.what

@@ -163,14 +163,8 @@ def generate(
     threads: see `threads_for`. timeout: seconds for all prompts together.
     Raises WhetError where llama.cpp is not installed, fails (its messages are in the error), or runs out of time.
     """
-    if max_new_tokens < 1:
-        raise WhetError(f"max_new_tokens is {max_new_tokens}", where="max_new_tokens", fix="ask for 1 token or more")
-    if any(len(prompt) == 0 for prompt in prompts):
-        raise WhetError("a prompt is empty", where="prompts", fix="give each prompt at least one token")
-    if not prompts:
-        return []
-    request = {"gguf": _existing(gguf), "generate": list(prompts), "maxNewTokens": max_new_tokens, "threads": threads}
-    return _generations(_run(request, timeout))
+    request = _to_generate(gguf, prompts, max_new_tokens)
+    return _generations(_run({**request, "threads": threads}, timeout)) if prompts else []
 
 
 def logits(
@@ -200,11 +194,6 @@ def read_logits(
     Meanwhile the rows lie in a temporary file: 4 bytes times the vocabulary a token.
     Raises WhetError where llama.cpp is not installed, fails (its messages are in the error), or runs out of time.
     """
-    for reading in readings:
-        if not 0 <= reading.start < len(reading.tokens):
-            raise WhetError(
-                f"row {reading.start} of {len(reading.tokens)} tokens", where="start", fix="start within the sequence"
-            )
     if not readings:
         return []
     with tempfile.TemporaryDirectory(prefix="whet-") as scratch:
@@ -227,7 +216,7 @@ def ask(
         request = _to_read(readings, Path(scratch))
         request |= {"tokenize": [{"gguf": _existing(gguf), "texts": list(texts)}], "threads": threads}
         if prompts:
-            request |= {"gguf": _existing(gguf), "generate": list(prompts), "maxNewTokens": max_new_tokens}
+            request |= _to_generate(gguf, prompts, max_new_tokens)
         reply = _run(request, timeout)
         rows = _rows_read(readings, request, reply)
     return Said(reply["tokens"][0], rows, _generations(reply) if prompts else [])
@@ -235,6 +224,11 @@ def ask(
 
 def _to_read(readings: Sequence[Reading], scratch: Path) -> dict[str, Any]:
     """The part of a request that asks for these logits, in a file in `scratch`."""
+    for reading in readings:
+        if not 0 <= reading.start < len(reading.tokens):
+            raise WhetError(
+                f"row {reading.start} of {len(reading.tokens)} tokens", where="start", fix="start within the sequence"
+            )
     wanted = [
         {
             "gguf": _existing(r.gguf),
@@ -253,6 +247,15 @@ def _rows_read(
     shapes = [(len(r.tokens) - r.start, size) for r, size in zip(readings, reply["vocabularies"], strict=True)]
     with open(request["out"], "rb") as file:
         return [np.fromfile(file, np.float32, rows * columns).reshape(rows, columns) for rows, columns in shapes]
+
+
+def _to_generate(gguf: Path, prompts: Sequence[str] | Sequence[list[int]], max_new_tokens: int) -> dict[str, Any]:
+    """The part of a request that asks for answers."""
+    if max_new_tokens < 1:
+        raise WhetError(f"max_new_tokens is {max_new_tokens}", where="max_new_tokens", fix="ask for 1 token or more")
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise WhetError("a prompt is empty", where="prompts", fix="give each prompt at least one token")
+    return {"gguf": _existing(gguf), "generate": list(prompts), "maxNewTokens": max_new_tokens}
 
 
 def _generations(reply: dict[str, Any]) -> list[Generation]:

@@ -81,13 +81,13 @@ def prove(reference: Reference, artifact: Artifact, limits: Limits | None = None
     limits = limits or limits_of(artifact.format)
     checks = artifact.static_checks()
     measures: dict[str, float | int] = {}
-    if all(check.passed for check in checks):
-        checks += artifact.engine_checks()
-    if all(check.passed for check in checks):
-        checks += share_checks(reference, artifact, limits)
-        try:
+    try:
+        if all(check.passed for check in checks):
+            checks += artifact.engine_checks()
+        if all(check.passed for check in checks):
+            checks += share_checks(reference, artifact, limits)
             found, measures = compare(reference, artifact, limits)
             checks += found
-        except WhetError as error:
-            checks.append(Check("runs", False, error.what))
+    except WhetError as error:
+        checks.append(Check("runs", False, error.what))
     return Proof(artifact.path.name, artifact.format, artifact.engine, tuple(checks), measures)

@@ -108,25 +108,27 @@ class LlamaCppEngine:
             if self._stopped:
                 raise EngineDown("the server is stopping")
             if self._node is None or not self._node.alive:
-                s = self._settings
-                settings = {"sequences": s.sequences, "context": s.context, "threads": s.threads}
                 try:
-                    self._node = await NodeProcess.start({"gguf": str(self._gguf), **settings})
+                    self._node = await self._started()
                 except WhetError as error:
                     if not self._model:
                         raise
                     raise EngineDown(f"llama.cpp can't be started again: {error.what}") from error
                 self._model = self._node.ready
-                try:
-                    self._carried = self._read_tokenizer()
-                except WhetError:
-                    await self._node.stop()
-                    raise
             return self._node
 
-    def _read_tokenizer(self) -> Carried | None:
-        content = self._model.pop("tokenizer")
-        return Carried(content, self._model["vocabulary"], str(self._gguf)) if content else None
+    async def _started(self) -> NodeProcess:
+        """A process with the model, and the tokenizer that it found in the file. Raises WhetError."""
+        s = self._settings
+        settings = {"sequences": s.sequences, "context": s.context, "threads": s.threads}
+        node = await NodeProcess.start({"gguf": str(self._gguf), **settings})
+        content = node.ready.pop("tokenizer")
+        try:
+            self._carried = Carried(content, node.ready["vocabulary"], str(self._gguf)) if content else None
+        except WhetError:
+            await node.stop()
+            raise
+        return node
 
     def _order(self, request: Request) -> Message:
         sampling = request.sampling
@@ -155,10 +157,13 @@ class LlamaCppEngine:
         }
 
     def _prompt(self, request: Request) -> str | list[int]:
-        if request.messages is not None or isinstance(request.prompt, str):
-            text = self._rendered(request) if request.messages is not None else str(request.prompt)
-            return self._carried.cut([text])[0] if self._carried else text
-        return check_ids(request.prompt or (), self._model["vocabulary"], "prompt")
+        if request.messages is not None:
+            text = self._rendered(request)
+        elif isinstance(request.prompt, str):
+            text = request.prompt
+        else:
+            return check_ids(request.prompt or (), self._model["vocabulary"], "prompt")
+        return self._carried.cut([text])[0] if self._carried else text
 
     def _rendered(self, request: Request) -> str:
         """Through the file's own template, in transformers' sandbox."""
